@@ -1,0 +1,111 @@
+// The arguments of one call as Python passes them: addresses and sizes, no arithmetic.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "math/clip_and_noise.h"
+
+namespace dpfast::bindings {
+
+namespace py = pybind11;
+
+template <class T>
+T* pointer(std::uint64_t address) {
+  return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
+}
+
+// (grad, out, row_stride, numel, dtype, group)
+using TensorTuple =
+    std::tuple<std::uint64_t, std::uint64_t, std::int64_t, std::int64_t, int, int>;
+
+// Owns what ClipAndNoise points to on the host.
+struct CallArguments {
+  std::vector<Tensor> tensors;
+  std::vector<double> bounds;
+  std::vector<double> group_noise_weights;
+  ClipAndNoise call{};
+};
+
+inline int checked_enum(int value, int count, const char* name) {
+  if (value < 0 || value >= count) {
+    throw std::invalid_argument(std::string("clip_and_noise: unknown ") + name);
+  }
+  return value;
+}
+
+inline void read_tensors(const std::vector<TensorTuple>& tuples, CallArguments& arguments) {
+  for (const auto& [grad, out, row_stride, numel, dtype, group] : tuples) {
+    if (numel < 0 || numel > math::kMaxNoiseElements) {
+      throw std::invalid_argument("clip_and_noise: a tensor may have at most 2^36 columns");
+    }
+    arguments.tensors.push_back({pointer<const void>(grad), pointer<void>(out), row_stride, numel,
+                                 static_cast<DType>(checked_enum(dtype, 4, "dtype")), group});
+  }
+}
+
+// Everything but the tensors, by keyword from dpfast/_native.py.
+inline void read_settings(const py::dict& settings, CallArguments& arguments) {
+  ClipAndNoise& call = arguments.call;
+  const auto get = [&](const char* key) { return settings[key]; };
+  const auto address = [&](const char* key) { return get(key).cast<std::uint64_t>(); };
+  call.num_rows = get("num_rows").cast<std::int64_t>();
+  call.num_units = get("num_units").cast<std::int64_t>();
+  call.num_groups = get("num_groups").cast<int>();
+  call.unit_of_row = pointer<const std::int64_t>(address("unit_of_row"));
+  call.row_order = pointer<const std::int64_t>(address("row_order"));
+  call.unit_start = pointer<const std::int64_t>(address("unit_start"));
+  call.unit_count = pointer<const std::int64_t>(address("unit_count"));
+  call.average_rows = get("average_rows").cast<bool>();
+  call.clipping =
+      static_cast<math::Clipping>(checked_enum(get("clipping").cast<int>(), 7, "clipping"));
+  call.stability = get("stability").cast<double>();
+  call.norm = static_cast<Norm>(checked_enum(get("norm").cast<int>(), 2, "norm"));
+  call.percentile = get("percentile").cast<double>();
+  arguments.bounds = get("bounds").cast<std::vector<double>>();
+  call.device_bounds = pointer<const double>(address("device_bounds"));
+  call.given_norms = pointer<const double>(address("given_norms"));
+  call.margin = get("single_precision_norms").cast<bool>() ? math::kGivenSingleNormMargin
+                                                           : math::kNormMargin;
+  call.custom_weights = pointer<const double>(address("custom_weights"));
+  call.mechanism =
+      static_cast<math::Mechanism>(checked_enum(get("mechanism").cast<int>(), 3, "mechanism"));
+  call.noise_multiplier = get("noise_multiplier").cast<double>();
+  arguments.group_noise_weights = get("group_noise_weights").cast<std::vector<double>>();
+  call.proportional_noise = get("proportional_noise").cast<bool>();
+  call.noise_state = pointer<std::int64_t>(address("noise_state"));
+  call.divisor = get("divisor").cast<double>();
+  call.accumulate = get("accumulate").cast<bool>();
+  call.threshold = pointer<double>(address("threshold"));
+  call.norms = pointer<double>(address("norms"));
+  call.nonfinite = pointer<std::int64_t>(address("nonfinite"));
+  call.workspace = pointer<void>(address("workspace"));
+
+  call.tensors = arguments.tensors.data();
+  call.num_tensors = static_cast<std::int64_t>(arguments.tensors.size());
+  const std::size_t groups = static_cast<std::size_t>(call.num_groups);
+  call.bounds = arguments.bounds.size() == groups ? arguments.bounds.data() : nullptr;
+  call.group_noise_weights =
+      arguments.group_noise_weights.size() == groups ? arguments.group_noise_weights.data()
+                                                     : nullptr;
+  const bool noisy = call.mechanism != math::Mechanism::kNone && call.noise_multiplier != 0.0;
+  if (noisy && call.noise_state == nullptr) {
+    throw std::invalid_argument("clip_and_noise: noise needs a noise state");
+  }
+  if (call.percentile < 0.0 && call.bounds == nullptr && call.device_bounds == nullptr) {
+    throw std::invalid_argument("clip_and_noise: one bound per group is needed");
+  }
+}
+
+inline std::int64_t total_chunks(const std::vector<std::int64_t>& numels) {
+  std::int64_t chunks = 0;
+  for (const std::int64_t numel : numels) chunks += count_chunks(numel);
+  return chunks;
+}
+
+}  // namespace dpfast::bindings

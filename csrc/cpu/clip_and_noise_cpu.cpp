@@ -1,0 +1,319 @@
+// clip_and_noise on the CPU: norms, weights, weighted sum with noise.
+//
+// Floor: B * P read twice (once with given norms), P written. The norm pass walks the column
+// chunks upwards and the sum pass downwards, so that what the first read last is still in cache.
+// Each partial result has its own place and is added in a fixed order: the bits do not depend on
+// the number of threads.
+#include "cpu/clip_and_noise_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/thread_pool.h"
+
+namespace dpfast::cpu {
+namespace {
+
+constexpr std::int64_t kUnitSlab = 64;             // units of one norm task
+constexpr std::int64_t kRowSlab = 256;             // row pointers gathered at once
+constexpr std::int64_t kParallelBytes = 1 << 18;   // below this a second thread costs more
+constexpr std::int64_t kTaskBytes = 1 << 18;       // what a task should read
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+struct Chunk {
+  std::int32_t tensor;
+  std::int64_t start;
+  std::int64_t length;
+};
+
+struct Workspace {
+  double* parts;        // [chunks, U]
+  double* row_weights;  // [G, B]
+
+  Workspace(const ClipAndNoise& call, std::int64_t num_chunks)
+      : parts(static_cast<double*>(call.workspace)),
+        row_weights(parts + num_chunks * call.num_units) {}
+};
+
+const char* cell(const Tensor& tensor, std::int64_t row, std::int64_t column) {
+  return static_cast<const char*>(tensor.grad) +
+         (row * tensor.row_stride + column) * item_size(tensor.dtype);
+}
+
+std::vector<Chunk> list_chunks(const ClipAndNoise& call) {
+  std::vector<Chunk> chunks;
+  for (std::int64_t k = 0; k < call.num_tensors; ++k) {
+    for (std::int64_t start = 0; start < call.tensors[k].numel; start += kChunk) {
+      chunks.push_back({static_cast<std::int32_t>(k), start,
+                        std::min(kChunk, call.tensors[k].numel - start)});
+    }
+  }
+  return chunks;
+}
+
+// Runs task(i) over [0, count) in runs long enough to be worth handing out.
+template <class Task>
+void for_each(std::int64_t count, std::int64_t bytes, int num_threads, const Task& task) {
+  if (bytes < kParallelBytes) num_threads = 1;
+  const std::int64_t per_task = std::max<std::int64_t>(
+      1, std::min(count / (4 * static_cast<std::int64_t>(num_threads)),
+                  count * kTaskBytes / std::max<std::int64_t>(bytes, 1)));
+  parallel_for((count + per_task - 1) / per_task, num_threads, [&](std::int64_t run) {
+    const std::int64_t end = std::min(count, (run + 1) * per_task);
+    for (std::int64_t i = run * per_task; i < end; ++i) task(i);
+  });
+}
+
+// --- pass 1: parts[chunk, unit] ---
+
+void norm_task(const ClipAndNoise& call, const Chunk& chunk, std::int64_t unit_begin,
+               std::int64_t unit_end, double* parts) {
+  const Tensor& tensor = call.tensors[chunk.tensor];
+  const Kernels& isa = kernels();
+  std::vector<const void*> rows;
+  for (std::int64_t u = unit_begin; u < unit_end; ++u) {
+    if (call.unit_start == nullptr) {
+      const void* row = cell(tensor, u, chunk.start);
+      parts[u] = isa.norm_part(&row, 1, chunk.length, tensor.dtype, call.norm);
+      continue;
+    }
+    rows.clear();
+    for (std::int64_t i = call.unit_start[u]; i < call.unit_start[u + 1]; ++i) {
+      rows.push_back(cell(tensor, call.row_order[i], chunk.start));
+    }
+    parts[u] = isa.norm_part(rows.data(), static_cast<std::int64_t>(rows.size()), chunk.length,
+                             tensor.dtype, call.norm);
+  }
+}
+
+std::int64_t rows_of_unit(const ClipAndNoise& call, std::int64_t u) {
+  return call.unit_start == nullptr ? 1 : call.unit_start[u + 1] - call.unit_start[u];
+}
+
+void take_norms(const ClipAndNoise& call, const std::vector<Chunk>& chunks,
+                const Workspace& workspace, std::int64_t bytes, int num_threads) {
+  const std::int64_t slabs = (call.num_units + kUnitSlab - 1) / kUnitSlab;
+  const std::int64_t num_chunks = static_cast<std::int64_t>(chunks.size());
+  for_each(num_chunks * slabs, bytes, num_threads, [&](std::int64_t i) {
+    const std::int64_t begin = i % slabs * kUnitSlab;
+    norm_task(call, chunks[i / slabs], begin, std::min(call.num_units, begin + kUnitSlab),
+              workspace.parts + i / slabs * call.num_units);
+  });
+  std::fill(call.norms, call.norms + call.num_groups * call.num_units, 0.0);
+  for (std::int64_t c = 0; c < num_chunks; ++c) {
+    double* norms = call.norms + call.tensors[chunks[c].tensor].group * call.num_units;
+    const double* parts = workspace.parts + c * call.num_units;
+    for (std::int64_t u = 0; u < call.num_units; ++u) norms[u] += parts[u];
+  }
+  for (int g = 0; g < call.num_groups; ++g) {
+    for (std::int64_t u = 0; u < call.num_units; ++u) {
+      double& norm = call.norms[g * call.num_units + u];
+      const std::int64_t rows = rows_of_unit(call, u);
+      if (call.norm == Norm::kL2) norm = std::sqrt(norm);
+      if (call.average_rows) norm /= static_cast<double>(rows);
+      if (rows == 0) norm = kNaN;
+    }
+  }
+}
+
+// --- pass 2: thresholds and weights ---
+
+double percentile_of(const ClipAndNoise& call) {
+  std::vector<double> finite;
+  for (std::int64_t u = 0; u < call.num_units; ++u) {
+    if (std::isfinite(call.norms[u])) finite.push_back(call.norms[u]);
+  }
+  if (finite.empty()) return kNaN;
+  const math::Rank rank =
+      math::percentile_rank(call.percentile, static_cast<std::int64_t>(finite.size()));
+  std::nth_element(finite.begin(), finite.begin() + rank.lower, finite.end());
+  const double low = finite[rank.lower];
+  if (rank.blend == 0.0) return low;
+  const double high = *std::min_element(finite.begin() + rank.lower + 1, finite.end());
+  return low + rank.blend * (high - low);
+}
+
+// Returns false where a bound that came from memory is unusable.
+bool take_thresholds(const ClipAndNoise& call) {
+  if (call.percentile >= 0.0) {
+    call.threshold[0] = percentile_of(call);
+    return true;
+  }
+  const double* source = call.device_bounds != nullptr ? call.device_bounds : call.bounds;
+  for (int g = 0; g < call.num_groups; ++g) {
+    call.threshold[g] = source[g];
+    if (!(source[g] > 0.0 && std::isfinite(source[g]))) return false;
+  }
+  return true;
+}
+
+void take_weights(const ClipAndNoise& call, const Workspace& workspace) {
+  const std::int64_t units = call.num_units;
+  std::vector<double> weights(static_cast<std::size_t>(units));
+  std::vector<char> dropped(static_cast<std::size_t>(units), 0);
+  std::int64_t nonfinite = 0;
+  for (std::int64_t u = 0; u < units; ++u) {
+    const std::int64_t rows = rows_of_unit(call, u);
+    for (int g = 0; g < call.num_groups; ++g) {
+      dropped[u] |= !std::isfinite(call.norms[g * units + u]);
+    }
+    nonfinite += dropped[u] && rows > 0;
+  }
+  *call.nonfinite = nonfinite;
+  for (int g = 0; g < call.num_groups; ++g) {
+    const double bound = call.threshold[g] * (1.0 - call.margin);
+    for (std::int64_t u = 0; u < units; ++u) {
+      const double custom = call.custom_weights != nullptr ? call.custom_weights[u] : 0.0;
+      const double weight = math::clipping_weight(call.clipping, call.norms[g * units + u], bound,
+                                                  call.stability, custom);
+      weights[u] = dropped[u] ? 0.0 : weight;
+      if (call.average_rows) weights[u] /= static_cast<double>(rows_of_unit(call, u));
+    }
+    double* row_weights = workspace.row_weights + g * call.num_rows;
+    for (std::int64_t b = 0; b < call.num_rows; ++b) {
+      row_weights[b] = weights[call.unit_of_row == nullptr ? b : call.unit_of_row[b]];
+    }
+  }
+}
+
+// --- pass 3: weighted sum and noise ---
+
+struct Release {
+  math::NoiseStream stream;
+  std::vector<double> scales;  // [G], empty without noise
+  double factor;               // 1 / divisor, NaN where no threshold could be taken
+};
+
+double group_weight(const ClipAndNoise& call, int g) {
+  if (call.proportional_noise) return call.threshold[g];
+  return call.group_noise_weights == nullptr ? 1.0 : call.group_noise_weights[g];
+}
+
+Release prepare_release(const ClipAndNoise& call) {
+  Release release{};
+  release.factor = std::isfinite(call.threshold[0]) ? 1.0 / call.divisor : kNaN;
+  if (call.mechanism == math::Mechanism::kNone || call.noise_multiplier == 0.0) return release;
+  const bool l1 = pays_by_l1(call);
+  double total = 0.0;
+  for (int g = 0; g < call.num_groups; ++g) {
+    total = math::add_group(total, call.threshold[g], group_weight(call, g), l1);
+  }
+  for (int g = 0; g < call.num_groups; ++g) {
+    release.scales.push_back(
+        call.num_groups == 1
+            ? call.noise_multiplier * call.threshold[0]
+            : math::noise_scale(total, group_weight(call, g), call.noise_multiplier, l1));
+  }
+  for (int i = 0; i < math::kChaChaKeyWords; ++i) {
+    release.stream.key[i] = static_cast<std::uint32_t>(
+        static_cast<std::uint64_t>(call.noise_state[kNoiseStateKey + i / 2]) >> (32 * (i % 2)));
+  }
+  // Atomic, so that two calls at once never share a step.
+  release.stream.step = static_cast<std::uint64_t>(
+      __atomic_fetch_add(&call.noise_state[kNoiseStateStep], std::int64_t{1}, __ATOMIC_SEQ_CST));
+  return release;
+}
+
+template <class Out, class NoiseFunction>
+void write_chunk(const ClipAndNoise& call, const Release& release, NoiseFunction noise_function,
+                 std::int64_t tensor_index, std::int64_t start, std::int64_t length,
+                 const double* sums) {
+  const Tensor& tensor = call.tensors[tensor_index];
+  Out* out = static_cast<Out*>(tensor.out) + start;
+  const double scale = release.scales.empty() ? 0.0 : release.scales[tensor.group];
+  alignas(64) Out noise[math::kNoiseGroup];
+  for (std::int64_t first = 0; first < length; first += math::kNoiseGroup) {
+    const std::int64_t count = std::min<std::int64_t>(math::kNoiseGroup, length - first);
+    if (!release.scales.empty()) {
+      noise_function(release.stream, static_cast<std::uint32_t>(tensor_index),
+                     (start + first) / math::kNoiseGroup, call.mechanism, noise);
+    }
+    for (std::int64_t j = 0; j < count; ++j) {
+      double value = sums[first + j];
+      if (call.accumulate) value += static_cast<double>(out[first + j]);
+      if (!release.scales.empty()) value += scale * static_cast<double>(noise[j]);
+      out[first + j] = static_cast<Out>(value * release.factor);
+    }
+  }
+}
+
+void sum_task(const ClipAndNoise& call, const Workspace& workspace, const Release& release,
+              std::int64_t tensor_index, std::int64_t start, std::int64_t length) {
+  const Tensor& tensor = call.tensors[tensor_index];
+  const double* row_weights = workspace.row_weights + tensor.group * call.num_rows;
+  alignas(64) double sums[kChunk];
+  std::fill(sums, sums + length, 0.0);
+  const void* rows[kRowSlab];
+  double weights[kRowSlab];
+  for (std::int64_t b = 0; b < call.num_rows;) {
+    std::int64_t gathered = 0;
+    for (; b < call.num_rows && gathered < kRowSlab; ++b) {
+      if (row_weights[b] == 0.0) continue;  // dropped rows may hold NaN: never multiplied
+      rows[gathered] = cell(tensor, b, start);
+      weights[gathered++] = row_weights[b];
+    }
+    kernels().weighted_sum(rows, weights, gathered, length, tensor.dtype, sums);
+  }
+  if (tensor.dtype == DType::kFloat64) {
+    write_chunk<double>(call, release, kernels().noise_double, tensor_index, start, length, sums);
+  } else {
+    write_chunk<float>(call, release, kernels().noise_single, tensor_index, start, length, sums);
+  }
+}
+
+}  // namespace
+
+std::int64_t workspace_bytes(std::int64_t num_chunks, std::int64_t num_rows,
+                             std::int64_t num_units, int num_groups) {
+  return static_cast<std::int64_t>(sizeof(double)) *
+         (num_chunks * num_units + static_cast<std::int64_t>(num_groups) * num_rows);
+}
+
+Status clip_and_noise(const ClipAndNoise& call, int num_threads) {
+  if (call.unit_count != nullptr && *call.unit_count > call.num_units) {
+    return Status::kTooManyUnits;
+  }
+  const std::vector<Chunk> chunks = list_chunks(call);
+  const Workspace workspace(call, static_cast<std::int64_t>(chunks.size()));
+  std::int64_t bytes = 0;
+  for (std::int64_t k = 0; k < call.num_tensors; ++k) {
+    bytes += call.tensors[k].numel * call.num_rows * item_size(call.tensors[k].dtype);
+  }
+  if (call.given_norms == nullptr) {
+    take_norms(call, chunks, workspace, bytes, num_threads);
+  } else {
+    std::copy(call.given_norms, call.given_norms + call.num_groups * call.num_units, call.norms);
+  }
+  if (!take_thresholds(call)) return Status::kBadBound;
+  take_weights(call, workspace);
+  const Release release = prepare_release(call);
+  const std::int64_t num_chunks = static_cast<std::int64_t>(chunks.size());
+  for_each(num_chunks, std::max(bytes, num_chunks * kChunk * 4), num_threads, [&](std::int64_t i) {
+    const Chunk& chunk = chunks[num_chunks - 1 - i];
+    sum_task(call, workspace, release, chunk.tensor, chunk.start, chunk.length);
+  });
+  return Status::kOk;
+}
+
+void fill_noise(const math::NoiseStream& stream, std::uint32_t tensor, math::Mechanism mechanism,
+                std::int64_t count, float* single, double* dual, int num_threads) {
+  const std::int64_t groups = (count + math::kNoiseGroup - 1) / math::kNoiseGroup;
+  for_each(groups, count * 8, num_threads, [&](std::int64_t group) {
+    const std::int64_t first = group * math::kNoiseGroup;
+    const std::int64_t wanted = std::min<std::int64_t>(math::kNoiseGroup, count - first);
+    if (single != nullptr) {
+      float noise[math::kNoiseGroup];
+      kernels().noise_single(stream, tensor, group, mechanism, noise);
+      std::copy(noise, noise + wanted, single + first);
+    } else {
+      double noise[math::kNoiseGroup];
+      kernels().noise_double(stream, tensor, group, mechanism, noise);
+      std::copy(noise, noise + wanted, dual + first);
+    }
+  });
+}
+
+}  // namespace dpfast::cpu

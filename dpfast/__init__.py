@@ -1,0 +1,16 @@
+"""dpfast: per-sample differential privacy for PyTorch at the speed of memory."""
+
+from dpfast._native import build_info
+from dpfast.errors import PrivacyError
+from dpfast.ops import ClipStats, Guarantee, NoiseSource, clip_and_noise
+
+__version__ = build_info()["version"]
+
+__all__ = [
+    "ClipStats",
+    "Guarantee",
+    "NoiseSource",
+    "PrivacyError",
+    "__version__",
+    "clip_and_noise",
+]

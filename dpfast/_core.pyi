@@ -1,0 +1,36 @@
+from collections.abc import Sequence
+
+__version__: str
+cuda_architectures: str | None
+cuda_toolkit: str | None
+
+def instruction_set() -> str: ...
+def cuda_driver_version() -> str | None: ...
+def cpu_workspace_bytes(
+    numels: Sequence[int], num_rows: int, num_units: int, num_groups: int
+) -> int: ...
+def cuda_workspace_bytes(
+    numels: Sequence[int], num_rows: int, num_units: int, num_groups: int
+) -> int: ...
+def clip_and_noise_cpu(
+    tensors: Sequence[tuple[int, int, int, int, int, int]],
+    settings: dict[str, object],
+    num_threads: int,
+) -> None: ...
+def clip_and_noise_cuda(
+    tensors: Sequence[tuple[int, int, int, int, int, int]],
+    settings: dict[str, object],
+    stream: int,
+) -> None: ...
+def chacha20_block(key: Sequence[int], counter: int, nonce: Sequence[int]) -> list[int]: ...
+def fill_noise_cpu(
+    key: Sequence[int],
+    step: int,
+    tensor: int,
+    mechanism: int,
+    count: int,
+    out: int,
+    double_precision: bool,
+    num_threads: int,
+) -> None: ...
+def read_all_cpu(data: int, bytes: int, num_threads: int) -> int: ...

@@ -1,0 +1,208 @@
+"""The only importer of the extension module: tensors in, pointers and a stream out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+try:
+    from dpfast import _core
+except ImportError as error:  # a source checkout before installation, or a broken build
+    raise ImportError(
+        "dpfast: its extension module cannot be loaded. Install the package with `pip install .`; "
+        "if it is installed, Python found the source folder first: run from another folder."
+    ) from error
+
+__all__ = [
+    "CLIPPING_CODES",
+    "DTYPE_CODES",
+    "MECHANISM_CODES",
+    "NORM_CODES",
+    "NativeSettings",
+    "build_info",
+    "chacha20_block",
+    "clip_and_noise",
+    "fill_noise",
+    "read_all",
+]
+
+DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+NORM_CODES = {"l2": 0, "l1": 1}
+MECHANISM_CODES = {"none": 0, "gaussian": 1, "laplace": 2}
+CLIPPING_CODES = {
+    "none": 0,
+    "flat": 1,
+    "automatic": 2,
+    "auto_v": 3,
+    "normalized": 4,
+    "psac": 5,
+    "custom": 6,
+}
+
+
+@dataclass(frozen=True)
+class NativeSettings:
+    """One call's settings, already checked; tensors are contiguous and on the kernel's device."""
+
+    num_units: int
+    num_groups: int
+    clipping: str
+    stability: float
+    norm: str
+    percentile: float | None
+    bounds: Sequence[float]
+    mechanism: str
+    noise_multiplier: float
+    group_noise_weights: Sequence[float]
+    proportional_noise: bool
+    average_rows: bool
+    single_precision_norms: bool
+    divisor: float
+    accumulate: bool
+    unit_of_row: torch.Tensor | None
+    row_order: torch.Tensor | None
+    unit_start: torch.Tensor | None
+    unit_count: torch.Tensor | None
+    device_bounds: torch.Tensor | None
+    given_norms: torch.Tensor | None
+    custom_weights: torch.Tensor | None
+    noise_state: torch.Tensor | None
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def clip_and_noise(
+    grad_samples: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    settings: NativeSettings,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the kernels.
+
+    Args:
+      grad_samples: each (B, P_k) with contiguous columns.
+      out: each (P_k,), contiguous.
+      settings: see NativeSettings.
+
+    Returns:
+      threshold (G,) and norms (G, U) in float64, and the number of non-finite units (int64, 0-d).
+    """
+    device = grad_samples[0].device
+    num_rows = grad_samples[0].shape[0]
+    groups, units = settings.num_groups, settings.num_units
+    threshold = torch.empty(groups, dtype=torch.float64, device=device)
+    norms = torch.empty(groups, units, dtype=torch.float64, device=device)
+    nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+    numels = [o.numel() for o in out]
+    on_cpu = device.type == "cpu"
+    workspace_bytes = _core.cpu_workspace_bytes if on_cpu else _core.cuda_workspace_bytes
+    workspace = torch.empty(
+        workspace_bytes(numels, num_rows, units, groups), dtype=torch.uint8, device=device
+    )
+    tensors = [
+        (
+            grad.data_ptr(),
+            result.data_ptr(),
+            grad.stride(0),
+            numel,
+            DTYPE_CODES[grad.dtype],
+            k if groups > 1 else 0,
+        )
+        for k, (grad, result, numel) in enumerate(zip(grad_samples, out, numels, strict=True))
+    ]
+    arguments = {
+        "num_rows": num_rows,
+        "num_units": units,
+        "num_groups": groups,
+        "unit_of_row": _address(settings.unit_of_row),
+        "row_order": _address(settings.row_order),
+        "unit_start": _address(settings.unit_start),
+        "unit_count": _address(settings.unit_count),
+        "average_rows": settings.average_rows,
+        "clipping": CLIPPING_CODES[settings.clipping],
+        "stability": settings.stability,
+        "norm": NORM_CODES[settings.norm],
+        "percentile": -1.0 if settings.percentile is None else settings.percentile,
+        "bounds": list(settings.bounds),
+        "device_bounds": _address(settings.device_bounds),
+        "given_norms": _address(settings.given_norms),
+        "single_precision_norms": settings.single_precision_norms,
+        "custom_weights": _address(settings.custom_weights),
+        "mechanism": MECHANISM_CODES[settings.mechanism],
+        "noise_multiplier": settings.noise_multiplier,
+        "group_noise_weights": list(settings.group_noise_weights),
+        "proportional_noise": settings.proportional_noise,
+        "noise_state": _address(settings.noise_state),
+        "divisor": settings.divisor,
+        "accumulate": settings.accumulate,
+        "threshold": threshold.data_ptr(),
+        "norms": norms.data_ptr(),
+        "nonfinite": nonfinite.data_ptr(),
+        "workspace": workspace.data_ptr(),
+    }
+    if on_cpu:
+        _core.clip_and_noise_cpu(tensors, arguments, torch.get_num_threads())
+    else:
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            _core.clip_and_noise_cuda(tensors, arguments, stream)
+    return threshold, norms, nonfinite
+
+
+def has_cuda_kernels() -> bool:
+    """Whether this build holds the CUDA kernels."""
+    return _core.cuda_toolkit is not None
+
+
+def build_info() -> dict[str, str | None]:
+    """Version, instruction set in use, CUDA toolkit and architectures of this build."""
+    return {
+        "version": _core.__version__,
+        "instruction_set": _core.instruction_set(),
+        "cuda_toolkit": _core.cuda_toolkit,
+        "cuda_architectures": _core.cuda_architectures,
+    }
+
+
+def cuda_driver_version() -> str | None:
+    """The driver's CUDA version, or None without a driver or a CUDA build."""
+    return _core.cuda_driver_version() if has_cuda_kernels() else None
+
+
+def chacha20_block(key: Sequence[int], counter: int, nonce: Sequence[int]) -> list[int]:
+    """One block of RFC 8439: 8 key words, a counter, 3 nonce words to 16 words."""
+    return _core.chacha20_block(list(key), counter, list(nonce))
+
+
+def fill_noise(
+    key: Sequence[int],
+    step: int,
+    tensor: int,
+    mechanism: str,
+    count: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Standard noise of elements [0, count) of one tensor at one step, on the CPU."""
+    out = torch.empty(count, dtype=dtype)
+    _core.fill_noise_cpu(
+        list(key),
+        step,
+        tensor,
+        MECHANISM_CODES[mechanism],
+        count,
+        out.data_ptr(),
+        dtype == torch.float64,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def read_all(data: torch.Tensor) -> int:
+    """Read a contiguous CPU tensor once with all threads; returns a checksum."""
+    return _core.read_all_cpu(
+        data.data_ptr(), data.numel() * data.element_size(), torch.get_num_threads()
+    )

@@ -1,0 +1,173 @@
+"""The native op as torch.library knows it: schema, kernels for CPU and CUDA, fake kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dpfast import _native
+from dpfast.ops.noise_source import default_state
+
+__all__ = ["clip_and_noise_op"]
+
+_SCHEMA = (
+    "(Tensor[] grad_samples, Tensor(a!)[] out, Tensor(b!)? noise_state, *, "
+    "float[] bounds, Tensor? bound_tensor, float? percentile, str clipping, float stability, "
+    "Tensor? custom_weights, str norm, Tensor? norms, Tensor? privacy_unit_ids, "
+    "bool average_rows, str mechanism, float noise_multiplier, float[] group_noise_weights, "
+    "bool proportional_noise, int num_groups, float divisor, bool accumulate) "
+    "-> (Tensor threshold, Tensor norms, Tensor num_nonfinite)"
+)
+# Seeded as random: two calls with equal inputs draw different noise and must not be merged.
+torch.library.define(
+    "dpfast::clip_and_noise_",
+    _SCHEMA,
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.needs_exact_strides),
+)
+
+
+def _num_units(
+    grad_samples: Sequence[torch.Tensor],
+    custom_weights: torch.Tensor | None,
+    norms: torch.Tensor | None,
+) -> int:
+    if custom_weights is not None:
+        return custom_weights.shape[0]
+    return grad_samples[0].shape[0] if norms is None else norms.shape[-1]
+
+
+def _contiguous_float64(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(torch.float64).contiguous()
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (reach + 1) * tensor.element_size()
+
+
+def _refuse_overlap(grad_samples: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> None:
+    """Memory that is written must be read or written by nobody else."""
+    spans = [(*_extent(t), False) for t in grad_samples if t.numel()]
+    spans += [(*_extent(t), True) for t in out if t.numel()]
+    end, written_end = 0, 0  # furthest byte seen, and furthest written one
+    for start, stop, written in sorted(spans):
+        if start < (end if written else written_end):
+            raise ValueError("clip_and_noise: out must not share memory with itself or the input")
+        end = max(end, stop)
+        if written:
+            written_end = max(written_end, stop)
+
+
+def _rank_units(
+    ids: torch.Tensor, num_units: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unit of each row, rows sorted by unit, start of each unit, number of units; no sync."""
+    sorted_ids, order = torch.sort(ids, stable=True)
+    is_first = torch.ones_like(sorted_ids)
+    is_first[1:] = (sorted_ids[1:] != sorted_ids[:-1]).to(torch.int64)
+    rank = torch.cumsum(is_first, 0) - 1
+    unit_of_row = torch.empty_like(order).scatter_(0, order, rank)
+    slots = torch.arange(num_units + 1, device=ids.device)
+    return unit_of_row, order, torch.searchsorted(rank, slots), is_first.sum()
+
+
+def _run(
+    grad_samples: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    noise_state: torch.Tensor | None,
+    *,
+    bounds: Sequence[float],
+    bound_tensor: torch.Tensor | None,
+    percentile: float | None,
+    clipping: str,
+    stability: float,
+    custom_weights: torch.Tensor | None,
+    norm: str,
+    norms: torch.Tensor | None,
+    privacy_unit_ids: torch.Tensor | None,
+    average_rows: bool,
+    mechanism: str,
+    noise_multiplier: float,
+    group_noise_weights: Sequence[float],
+    proportional_noise: bool,
+    num_groups: int,
+    divisor: float,
+    accumulate: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    device = grad_samples[0].device
+    if device.type == "cuda" and not _native.has_cuda_kernels():
+        raise RuntimeError(
+            "clip_and_noise: grad_samples are on CUDA, but this build of dpfast has no CUDA "
+            "kernels; reinstall it with nvcc on PATH (DPFAST_CUDA=ON makes their absence an error)"
+        )
+    _refuse_overlap(grad_samples, out)
+    num_rows = grad_samples[0].shape[0]
+    num_units = _num_units(grad_samples, custom_weights, norms)
+    unit_of_row = row_order = unit_start = unit_count = None
+    if privacy_unit_ids is not None:
+        unit_of_row, row_order, unit_start, unit_count = _rank_units(privacy_unit_ids, num_units)
+    noisy = mechanism != "none" and noise_multiplier != 0.0
+    if noisy and noise_state is None:
+        noise_state = default_state(device)
+    settings = _native.NativeSettings(
+        num_units=num_units,
+        num_groups=num_groups,
+        clipping=clipping,
+        stability=stability,
+        norm=norm,
+        percentile=percentile,
+        bounds=bounds,
+        mechanism=mechanism,
+        noise_multiplier=noise_multiplier,
+        group_noise_weights=group_noise_weights,
+        proportional_noise=proportional_noise,
+        average_rows=average_rows,
+        single_precision_norms=norms is not None and norms.dtype != torch.float64,
+        divisor=divisor,
+        accumulate=accumulate,
+        unit_of_row=unit_of_row,
+        row_order=row_order,
+        unit_start=unit_start,
+        unit_count=unit_count,
+        device_bounds=_contiguous_float64(bound_tensor),
+        given_norms=_contiguous_float64(norms),
+        custom_weights=_contiguous_float64(custom_weights),
+        noise_state=noise_state if noisy else None,
+    )
+    rows = [g.resolve_neg().reshape(num_rows, -1 if num_rows else o.numel())
+            if o.numel() else g.reshape(num_rows, 0)
+            for g, o in zip(grad_samples, out, strict=True)]  # fmt: skip
+    results = [o if o.is_contiguous() and not o.is_neg() else o.contiguous() for o in out]
+    stats = _native.clip_and_noise(rows, results, settings)
+    for target, result in zip(out, results, strict=True):
+        if target is not result:
+            target.copy_(result)
+    return stats
+
+
+torch.library.impl("dpfast::clip_and_noise_", ("cpu", "cuda"))(_run)
+
+
+@torch.library.register_fake("dpfast::clip_and_noise_")
+def _fake(
+    grad_samples: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    noise_state: torch.Tensor | None,
+    *,
+    custom_weights: torch.Tensor | None,
+    norms: torch.Tensor | None,
+    num_groups: int,
+    **settings: object,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    units = _num_units(grad_samples, custom_weights, norms)
+    first = grad_samples[0]
+    return (
+        first.new_empty((num_groups,), dtype=torch.float64),
+        first.new_empty((num_groups, units), dtype=torch.float64),
+        first.new_empty((), dtype=torch.int64),
+    )
+
+
+clip_and_noise_op = torch.ops.dpfast.clip_and_noise_.default

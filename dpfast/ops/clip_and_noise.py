@@ -1,0 +1,514 @@
+"""The one call that clips every unit's gradient, sums and adds noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar, overload
+
+import torch
+
+from dpfast import _validate
+from dpfast.ops._registration import clip_and_noise_op
+from dpfast.ops.noise_source import NoiseSource
+
+__all__ = ["ClipStats", "Guarantee", "clip_and_noise"]
+
+_NAME = "clip_and_noise"
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_RULES = ("flat", "automatic", "auto_v", "normalized", "psac", "none")
+# gamma of AUTO-S (Bu et al. 2022 use 0.01 throughout), r of NSGD and of DP-PSAC.
+_DEFAULT_STABILITY = {"automatic": 0.01, "normalized": 0.01, "psac": 0.1}
+
+Grads = TypeVar("Grads", torch.Tensor, Sequence[torch.Tensor], Mapping[Any, torch.Tensor])
+Rule = Literal["flat", "automatic", "auto_v", "normalized", "psac", "none"]
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What one call's output guarantees, as far as the call itself can know.
+
+    Attributes:
+      holds: whether the noisy output is a Gaussian or Laplace mechanism with `noise_multiplier`.
+      noise_multiplier: noise scale over sensitivity (std for Gaussian, b for Laplace).
+      sensitivity_norm: "l2" or "l1", the norm in which one unit moves the sum by at most the bound.
+      reasons: why it does not hold, or on what the caller's part it depends.
+    """
+
+    holds: bool
+    mechanism: str
+    noise_multiplier: float
+    sensitivity_norm: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClipStats:
+    """What a call saw. Everything named sensitive is private data: do not publish or log it.
+
+    Attributes:
+      max_grad_norm: threshold used, float64, shape () or (K,) for group-wise clipping.
+      sensitive_norms: norm of each unit before clipping, float64, shape (units,) or (K, units).
+        With privacy_unit_ids, units stand in ascending order of their id and the slots beyond
+        the number of units hold NaN.
+      sensitive_num_nonfinite: int64, shape (): units dropped because of NaN or Inf.
+      guarantee: what the output guarantees.
+    """
+
+    max_grad_norm: torch.Tensor
+    sensitive_norms: torch.Tensor
+    sensitive_num_nonfinite: torch.Tensor
+    guarantee: Guarantee
+
+
+class _Bounds(NamedTuple):
+    values: list[float]
+    tensor: torch.Tensor | None
+    num_groups: int
+
+
+class _Weights(NamedTuple):
+    values: list[float]
+    proportional: bool
+
+
+def _per_tensor(name: str, value: Any, keys: list[Any] | None, count: int) -> list[Any]:
+    """The values of a sequence or mapping that has one entry per gradient tensor."""
+    if isinstance(value, Mapping):
+        if keys is None or set(value.keys()) != set(keys):
+            raise ValueError(f"{_NAME}: {name} must have the keys of grad_samples")
+        return [value[key] for key in keys]
+    if keys is not None:
+        raise TypeError(
+            f"{_NAME}: {name} must be a mapping like grad_samples, got {type(value).__name__}"
+        )
+    if len(value) != count:
+        raise ValueError(f"{_NAME}: {name} must have {count} entries, got {len(value)}")
+    return list(value)
+
+
+def _is_collection(value: Any) -> bool:
+    return isinstance(value, (Mapping, Sequence)) and not isinstance(value, (str, bytes))
+
+
+def _bound(value: Any) -> float:
+    return _validate.number(
+        _NAME, "max_grad_norm", value, minimum=_validate.MIN_BOUND, maximum=_validate.MAX_BOUND
+    )
+
+
+def _check_bounds(
+    max_grad_norm: Any,
+    percentile: float | None,
+    clipping: str,
+    keys: list[Any] | None,
+    count: int,
+    device: torch.device,
+) -> _Bounds:
+    if percentile is not None:
+        if max_grad_norm is not None:
+            raise ValueError(
+                f"{_NAME}: max_grad_norm must be None with percentile, which sets it"
+            )
+        return _Bounds([], None, 1)
+    if max_grad_norm is None:
+        raise ValueError(f"{_NAME}: max_grad_norm must be given unless percentile is")
+    if isinstance(max_grad_norm, torch.Tensor):
+        if clipping == "normalized":
+            raise ValueError(f"{_NAME}: max_grad_norm must be the number 1 with normalized")
+        shape = (count,) if max_grad_norm.dim() == 1 else ()
+        tensor = _validate.tensor_like(
+            _NAME, "max_grad_norm", max_grad_norm, dtypes=_FLOATS, shape=shape, device=device
+        )
+        return _Bounds([], tensor.detach().reshape(-1), count if shape else 1)
+    if _is_collection(max_grad_norm):
+        values = [_bound(v) for v in _per_tensor("max_grad_norm", max_grad_norm, keys, count)]
+    else:
+        values = [_bound(max_grad_norm)]
+    if clipping == "normalized" and any(value != 1.0 for value in values):
+        raise ValueError(
+            f"{_NAME}: max_grad_norm must be 1 with normalized, whose sensitivity is 1 (use "
+            f"automatic for another bound), got {values}"
+        )
+    return _Bounds(values, None, len(values))
+
+
+def _check_noise_weights(
+    weights: Any, bounds: _Bounds, keys: list[Any] | None, count: int
+) -> _Weights:
+    if isinstance(weights, str):
+        chosen = _validate.choice(_NAME, "group_noise_weights", weights, ("equal", "proportional"))
+        return _Weights([], chosen == "proportional")
+    if not _is_collection(weights):
+        raise TypeError(
+            f"{_NAME}: group_noise_weights must be equal, proportional or one number per tensor, "
+            f"got {type(weights).__name__}"
+        )
+    if bounds.num_groups == 1 and count > 1:
+        raise ValueError(f"{_NAME}: group_noise_weights needs one max_grad_norm per tensor")
+    values = [
+        _validate.number(_NAME, "group_noise_weights", v, minimum=1e-30, maximum=1e30)
+        for v in _per_tensor("group_noise_weights", weights, keys, count)
+    ]
+    return _Weights(values, False)
+
+
+def _check_clipping(clipping: Any, stability: Any) -> tuple[str, float]:
+    """The rule's name ("custom" for a weight tensor) and its constant."""
+    rule = (
+        "custom"
+        if isinstance(clipping, torch.Tensor)
+        else _validate.choice(_NAME, "clipping", clipping, _RULES)
+    )
+    if stability is None:
+        return rule, _DEFAULT_STABILITY.get(rule, 1.0)
+    if rule not in _DEFAULT_STABILITY:
+        raise ValueError(
+            f"{_NAME}: stability_constant belongs to automatic, normalized and psac, not to {rule}"
+        )
+    constant = _validate.number(
+        _NAME, "stability_constant", stability, minimum=1e-30, maximum=1e30
+    )
+    return rule, constant
+
+
+def _check_percentile(
+    percentile: Any, rule: str, num_rows: int, accumulate: bool, return_stats: bool
+) -> float | None:
+    if percentile is None:
+        return None
+    value = _validate.number(_NAME, "percentile", percentile, minimum=0.0, maximum=100.0)
+    if rule in ("none", "normalized", "custom"):
+        raise ValueError(f"{_NAME}: percentile must not be given with clipping {rule}")
+    if accumulate:
+        raise ValueError(f"{_NAME}: percentile must not be given with accumulate: each physical "
+                         "batch would take its own threshold")  # fmt: skip
+    if num_rows == 0:
+        raise ValueError(f"{_NAME}: percentile needs at least one sample, got B = 0")
+    if not return_stats:
+        raise ValueError(
+            f"{_NAME}: percentile publishes a threshold that depends on private data; pass "
+            "return_stats=True, whose guarantee says so"
+        )
+    return value
+
+
+def _check_mechanism(mechanism: Any, norm: Any, noise_multiplier: Any) -> tuple[str, str, float]:
+    mechanism = _validate.choice(_NAME, "mechanism", mechanism, ("gaussian", "laplace", "none"))
+    multiplier = _validate.number(
+        _NAME, "noise_multiplier", noise_multiplier, minimum=0.0, maximum=1e30
+    )
+    if mechanism == "none" and multiplier != 0.0:
+        raise ValueError(
+            f"{_NAME}: noise_multiplier must be 0 with mechanism none, got {multiplier}"
+        )
+    if norm is None:
+        norm = "l1" if mechanism == "laplace" else "l2"
+    return mechanism, _validate.choice(_NAME, "norm", norm, ("l2", "l1")), multiplier
+
+
+def _check_out(
+    out: Any, tensors: list[torch.Tensor], keys: list[Any] | None, accumulate: bool
+) -> list[torch.Tensor]:
+    device = tensors[0].device
+    shapes = [t.shape[1:] for t in tensors]
+    dtypes = [torch.float64 if t.dtype == torch.float64 else torch.float32 for t in tensors]
+    if out is None:
+        if accumulate:
+            raise ValueError(f"{_NAME}: out must be given with accumulate, to hold the sums")
+        return [
+            torch.empty(s, dtype=d, device=device) for s, d in zip(shapes, dtypes, strict=True)
+        ]
+    results, out_keys = _validate.structure(_NAME, "out", out)
+    if len(results) != len(tensors) or (None if keys is None else set(keys)) != (
+        None if out_keys is None else set(out_keys)
+    ):
+        raise ValueError(f"{_NAME}: out must have the structure of grad_samples")
+    if keys is not None:
+        results = [out[key] for key in keys]
+    for index, result in enumerate(results):
+        _validate.tensor_like(
+            _NAME,
+            f"out[{index}]",
+            result,
+            dtypes=(dtypes[index],),
+            shape=shapes[index],
+            device=device,
+        )
+        if result.requires_grad:
+            raise ValueError(f"{_NAME}: out[{index}] must not require grad")
+    return [result.detach() for result in results]
+
+
+def _guarantee(
+    rule: str,
+    mechanism: str,
+    norm: str,
+    noise_multiplier: float,
+    percentile: float | None,
+    secure: bool,
+    given_norms: bool,
+) -> Guarantee:
+    broken = []
+    if percentile is not None:
+        broken.append("percentile: the threshold is taken from private data without noise")
+    if rule == "none":
+        broken.append("clipping none: the sensitivity is unbounded")
+    if mechanism == "none" or noise_multiplier == 0.0:
+        broken.append("no noise was added")
+    if not secure:
+        broken.append("the noise is seeded: who knows the seed can remove it")
+    conditions = []
+    if rule == "custom":
+        conditions.append("each weight must depend on its own unit alone")
+    if given_norms:
+        conditions.append("norms must be those of these gradients")
+    conditions.append("real arithmetic: the floating-point noise is not exact")
+    return Guarantee(
+        holds=not broken,
+        mechanism=mechanism,
+        noise_multiplier=noise_multiplier,
+        sensitivity_norm=norm,
+        reasons=tuple(broken or conditions),
+    )
+
+
+def _rebuild(like: Any, keys: list[Any] | None, results: list[torch.Tensor]) -> Any:
+    if isinstance(like, torch.Tensor):
+        return results[0]
+    if keys is not None:
+        return dict(zip(keys, results, strict=True))
+    if isinstance(like, tuple):
+        return type(like)(*results) if hasattr(like, "_fields") else tuple(results)
+    return results
+
+
+@overload
+def clip_and_noise(
+    grad_samples: Grads,
+    *,
+    max_grad_norm: Any,
+    noise_multiplier: float,
+    clipping: Rule | torch.Tensor = ...,
+    stability_constant: float | None = ...,
+    percentile: float | None = ...,
+    mechanism: Literal["gaussian", "laplace", "none"] = ...,
+    norm: Literal["l2", "l1"] | None = ...,
+    privacy_unit_ids: torch.Tensor | None = ...,
+    unit_reduction: Literal["mean", "sum"] = ...,
+    norms: torch.Tensor | None = ...,
+    group_noise_weights: Any = ...,
+    expected_batch_size: float | None = ...,
+    out: Grads | None = ...,
+    accumulate: bool = ...,
+    noise: NoiseSource | None = ...,
+    return_stats: Literal[False] = ...,
+) -> Grads: ...
+@overload
+def clip_and_noise(
+    grad_samples: Grads,
+    *,
+    max_grad_norm: Any,
+    noise_multiplier: float,
+    clipping: Rule | torch.Tensor = ...,
+    stability_constant: float | None = ...,
+    percentile: float | None = ...,
+    mechanism: Literal["gaussian", "laplace", "none"] = ...,
+    norm: Literal["l2", "l1"] | None = ...,
+    privacy_unit_ids: torch.Tensor | None = ...,
+    unit_reduction: Literal["mean", "sum"] = ...,
+    norms: torch.Tensor | None = ...,
+    group_noise_weights: Any = ...,
+    expected_batch_size: float | None = ...,
+    out: Grads | None = ...,
+    accumulate: bool = ...,
+    noise: NoiseSource | None = ...,
+    return_stats: Literal[True],
+) -> tuple[Grads, ClipStats]: ...
+
+
+def clip_and_noise(
+    grad_samples: Any,
+    *,
+    max_grad_norm: Any,
+    noise_multiplier: float,
+    clipping: Any = "flat",
+    stability_constant: float | None = None,
+    percentile: float | None = None,
+    mechanism: str = "gaussian",
+    norm: str | None = None,
+    privacy_unit_ids: torch.Tensor | None = None,
+    unit_reduction: str = "mean",
+    norms: torch.Tensor | None = None,
+    group_noise_weights: Any = "equal",
+    expected_batch_size: float | None = None,
+    out: Any = None,
+    accumulate: bool = False,
+    noise: NoiseSource | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """Clip every privacy unit's gradient, sum over the batch and add noise, in one native call.
+
+    Args:
+      grad_samples: per-sample gradients, a tensor or a sequence or mapping of tensors of shape
+        (B, *param_shape), on CPU or CUDA; float64, float32, bfloat16 or float16. Tensors whose
+        columns are not contiguous are copied first. Gradients do not flow through this call.
+      max_grad_norm: bound C on every unit's norm over all tensors, 1e-30 <= C <= 1e30, in gradient
+        units: a number, or a 0-d tensor on the gradients' device (never read on the host). One
+        number per tensor (same structure), or a tensor (K,), clips each tensor to its own bound.
+        A bound must not depend on private data. On CUDA an unusable bound in a tensor gives NaN.
+      noise_multiplier: noise scale on the sum over its sensitivity, >= 0: standard deviation for
+        Gaussian noise, b for Laplace noise (density exp(-|x| / b) / 2b).
+      clipping: weight of a unit of norm n:
+        "flat": min(1, C / n) (Abadi et al. 2016);
+        "automatic": C / (n + gamma), AUTO-S (Bu et al. 2022);
+        "auto_v": C / n, AUTO-V, 0 for n = 0;
+        "normalized": 1 / (n + r), NSGD (Yang et al. 2022); its bound is 1, so max_grad_norm is 1;
+        "psac": C / (n + r / (n + r)), DP-PSAC (Xia et al. 2022);
+        "none": 1, no bound and no guarantee;
+        a tensor (units,): own weights, each cut to C / n. Each must depend on its unit alone.
+      stability_constant: gamma (default 0.01) or r (0.01 for normalized, 0.1 for psac).
+      percentile: take C as this percentile (0-100, linear between ranks) of the batch's finite
+        unit norms, as in ADP-FL (arXiv:2604.06518). No guarantee: the threshold is private data.
+        Needs max_grad_norm=None and return_stats=True. If no norm is finite the output is NaN.
+      mechanism: "gaussian", "laplace" or "none".
+      norm: "l2" or "l1", the norm that is clipped; by default what the mechanism needs: "l1" for
+        Laplace, else "l2". Laplace after an L2 clip has no pure epsilon of 1 / noise_multiplier.
+      privacy_unit_ids: int64 (B,): rows with one id are one unit (a patient). Their gradients are
+        averaged or summed, then clipped once. All rows of a unit must be in one call.
+      unit_reduction: "mean" or "sum" over a unit's rows.
+      norms: the units' norms where they are already known, float32 or float64, shape (units,) or
+        (K, units): the gradients are then read once. They must be those of these gradients
+        (relative error < 2^-21 in float32, < 2^-29 in float64) after unit_reduction.
+      group_noise_weights: for one bound per tensor, gamma_k of std_k = z gamma_k sqrt(sum_j
+        (C_j / gamma_j)^2): "equal" (1), "proportional" (C_k), or one number per tensor. Laplace
+        after an L1 clip has b_k = z gamma_k sum_j C_j / gamma_j.
+      expected_batch_size: divides the noisy sum; public, > 0. None: no division.
+      out: where to write, same structure, float32 (float64 for float64 gradients).
+      accumulate: add to what `out` holds. For gradient accumulation over physical batches, sum
+        with mechanism="none", noise_multiplier=0.0, accumulate=True, and let the last call
+        add the noise and divide. It may have B = 0.
+      noise: the NoiseSource; None: this process's own, keyed by the operating system.
+      return_stats: also return ClipStats.
+
+    Returns:
+      The noisy clipped sum (or mean) in the structure of grad_samples, float32 (float64 for
+      float64 gradients), shape (*param_shape,); with return_stats a pair with ClipStats.
+
+    Raises:
+      TypeError: wrong type or dtype. ValueError: wrong value, shape, structure, device, or shared
+        memory. RuntimeError: CUDA failed, or CUDA gradients without CUDA kernels.
+        Nothing is written to `out` in any of these cases.
+
+    Guarantees:
+      Adding or removing one unit moves the sum before noise by at most max_grad_norm in `norm`
+      (over all groups: sqrt(sum C_k^2)), rounding of norms and weights included; the sum itself
+      is taken in float64 and rounded once to the output's dtype.
+      A unit with NaN or Inf contributes exactly zero. B = 0 gives noise alone. One seed gives the
+      same bits for any number of threads. No host synchronisation on CUDA.
+
+    References:
+      Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; He et al. 2022, arXiv:2212.01539 (groups).
+    """
+    tensors, keys = _validate.structure(_NAME, "grad_samples", grad_samples)
+    num_rows = _validate.batch_of(_NAME, tensors)
+    device, count = tensors[0].device, len(tensors)
+    accumulate = _validate.flag(_NAME, "accumulate", accumulate)
+    return_stats = _validate.flag(_NAME, "return_stats", return_stats)
+    rule, stability = _check_clipping(clipping, stability_constant)
+    percentile = _check_percentile(percentile, rule, num_rows, accumulate, return_stats)
+    bounds = _check_bounds(max_grad_norm, percentile, rule, keys, count, device)
+    mechanism, norm, multiplier = _check_mechanism(mechanism, norm, noise_multiplier)
+    weights = _check_noise_weights(group_noise_weights, bounds, keys, count)
+    reduction = _validate.choice(_NAME, "unit_reduction", unit_reduction, ("mean", "sum"))
+    divisor = (
+        1.0
+        if expected_batch_size is None
+        else _validate.number(_NAME, "expected_batch_size", expected_batch_size,
+                              minimum=0.0, maximum=1e30, exclusive=True)  # fmt: skip
+    )
+    if noise is not None and not isinstance(noise, NoiseSource):
+        raise TypeError(f"{_NAME}: noise must be a NoiseSource, got {type(noise).__name__}")
+    if privacy_unit_ids is not None:
+        _validate.tensor_like(
+            _NAME,
+            "privacy_unit_ids",
+            privacy_unit_ids,
+            dtypes=(torch.int64,),
+            shape=(num_rows,),
+            device=device,
+        )
+    units = _check_units(clipping, norms, bounds, privacy_unit_ids, num_rows, device)
+    results = _check_out(out, tensors, keys, accumulate)
+
+    threshold, unit_norms, nonfinite = clip_and_noise_op(
+        [tensor.detach() for tensor in tensors],
+        results,
+        None if noise is None else noise.state_on(device),
+        bounds=bounds.values,
+        bound_tensor=bounds.tensor,
+        percentile=percentile,
+        clipping=rule,
+        stability=stability,
+        custom_weights=units.weights,
+        norm=norm,
+        norms=units.norms,
+        privacy_unit_ids=privacy_unit_ids,
+        average_rows=privacy_unit_ids is not None and reduction == "mean",
+        mechanism=mechanism,
+        noise_multiplier=multiplier,
+        group_noise_weights=weights.values,
+        proportional_noise=weights.proportional,
+        num_groups=bounds.num_groups,
+        divisor=divisor,
+        accumulate=accumulate,
+    )
+    result = _rebuild(grad_samples, keys, results) if out is None else out
+    if not return_stats:
+        return result
+    grouped = bounds.num_groups > 1
+    secure = noise is None or noise.secure
+    return result, ClipStats(
+        max_grad_norm=threshold if grouped else threshold[0],
+        sensitive_norms=unit_norms if grouped else unit_norms[0],
+        sensitive_num_nonfinite=nonfinite,
+        guarantee=_guarantee(
+            rule, mechanism, norm, multiplier, percentile, secure, norms is not None
+        ),
+    )
+
+
+class _Units(NamedTuple):
+    weights: torch.Tensor | None
+    norms: torch.Tensor | None
+
+
+def _check_units(
+    clipping: Any,
+    norms: Any,
+    bounds: _Bounds,
+    privacy_unit_ids: torch.Tensor | None,
+    num_rows: int,
+    device: torch.device,
+) -> _Units:
+    """Own weights and given norms: they agree on the number of units."""
+    weights = clipping if isinstance(clipping, torch.Tensor) else None
+    units = num_rows
+    if privacy_unit_ids is not None:
+        # How many distinct ids there are is known to the kernels alone; it checks that they fit.
+        for given in (weights, norms):
+            if isinstance(given, torch.Tensor) and given.dim() > 0:
+                units = min(num_rows, given.shape[-1])
+                break
+    if weights is not None:
+        _validate.tensor_like(
+            _NAME, "clipping", weights, dtypes=_FLOATS, shape=(units,), device=device
+        )
+        weights = weights.detach()
+    if norms is not None:
+        shape = (units,) if bounds.num_groups == 1 else (bounds.num_groups, units)
+        _validate.tensor_like(
+            _NAME, "norms", norms, dtypes=(torch.float64, torch.float32), shape=shape, device=device
+        )
+        norms = norms.detach().reshape(bounds.num_groups, units)
+    return _Units(weights, norms)
