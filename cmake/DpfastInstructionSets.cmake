@@ -9,7 +9,8 @@ function(dpfast_add_instruction_sets target)
     target_compile_definitions(${target} PRIVATE DPFAST_X86_KERNELS)
     set_source_files_properties(csrc/cpu/kernels_avx2.cpp PROPERTIES
       COMPILE_OPTIONS "-mavx2;-mfma")
+    # GCC 12's own AVX-512 header trips -Wmaybe-uninitialized (GCC bug 105593).
     set_source_files_properties(csrc/cpu/kernels_avx512.cpp PROPERTIES
-      COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mprefer-vector-width=512")
+      COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mprefer-vector-width=512;-Wno-maybe-uninitialized")
   endif()
 endfunction()

@@ -20,6 +20,7 @@ def clip_and_noise_cpu(
 def clip_and_noise_cuda(
     tensors: Sequence[tuple[int, int, int, int, int, int]],
     settings: dict[str, object],
+    device: int,
     stream: int,
 ) -> None: ...
 def chacha20_block(key: Sequence[int], counter: int, nonce: Sequence[int]) -> list[int]: ...

@@ -146,9 +146,8 @@ def clip_and_noise(
     if on_cpu:
         _core.clip_and_noise_cpu(tensors, arguments, torch.get_num_threads())
     else:
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
-            _core.clip_and_noise_cuda(tensors, arguments, stream)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _core.clip_and_noise_cuda(tensors, arguments, device.index, stream)
     return threshold, norms, nonfinite
 
 

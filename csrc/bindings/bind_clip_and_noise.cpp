@@ -29,12 +29,12 @@ void run_cpu(const std::vector<TensorTuple>& tensors, const py::dict& settings, 
 
 #if defined(DPFAST_WITH_CUDA)
 void run_cuda(const std::vector<TensorTuple>& tensors, const py::dict& settings,
-              std::uint64_t stream) {
+              int device, std::uint64_t stream) {
   CallArguments arguments;
   read_tensors(tensors, arguments);
   read_settings(settings, arguments);
   py::gil_scoped_release release;
-  cuda::clip_and_noise(arguments.call, pointer<void>(stream));
+  cuda::clip_and_noise(arguments.call, device, pointer<void>(stream));
 }
 #endif
 
@@ -59,7 +59,7 @@ void bind_clip_and_noise(py::module_& module) {
       },
       py::arg("numels"), py::arg("num_rows"), py::arg("num_units"), py::arg("num_groups"));
   module.def("clip_and_noise_cuda", &run_cuda, py::arg("tensors"), py::arg("settings"),
-             py::arg("stream"));
+             py::arg("device"), py::arg("stream"));
 #endif
 }
 

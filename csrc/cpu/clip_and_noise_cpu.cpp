@@ -17,13 +17,19 @@
 namespace dpfast::cpu {
 namespace {
 
-constexpr std::int64_t kUnitSlab = 64;             // units of one norm task
-constexpr std::int64_t kRowSlab = 256;             // row pointers gathered at once
-constexpr std::int64_t kParallelBytes = 1 << 18;   // below this a second thread costs more
-constexpr std::int64_t kTaskBytes = 1 << 18;       // what a task should read
+constexpr std::int64_t kParallelBytes = 1 << 18;  // below this a second thread costs more
+constexpr std::int64_t kTaskBytes = 1 << 18;      // what a task should read
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-struct Chunk {
+// Memory is read at full speed only in long runs: 16 chunks of a row (256 KB of float32) in the
+// norm pass, and 8 rows side by side over up to 32,768 columns in the sum pass, whose sums
+// (256 KB) stay in L2.
+constexpr std::int64_t kSpanChunks = 16;
+constexpr std::int64_t kMaxSpan = 32768;
+constexpr std::int64_t kRowSlab = 256;  // row pointers gathered at once
+
+// Columns [start, start + length) of one tensor.
+struct Run {
   std::int32_t tensor;
   std::int64_t start;
   std::int64_t length;
@@ -43,15 +49,15 @@ const char* cell(const Tensor& tensor, std::int64_t row, std::int64_t column) {
          (row * tensor.row_stride + column) * item_size(tensor.dtype);
 }
 
-std::vector<Chunk> list_chunks(const ClipAndNoise& call) {
-  std::vector<Chunk> chunks;
+std::vector<Run> cut(const ClipAndNoise& call, std::int64_t span) {
+  std::vector<Run> runs;
   for (std::int64_t k = 0; k < call.num_tensors; ++k) {
-    for (std::int64_t start = 0; start < call.tensors[k].numel; start += kChunk) {
-      chunks.push_back({static_cast<std::int32_t>(k), start,
-                        std::min(kChunk, call.tensors[k].numel - start)});
+    for (std::int64_t start = 0; start < call.tensors[k].numel; start += span) {
+      runs.push_back(
+          {static_cast<std::int32_t>(k), start, std::min(span, call.tensors[k].numel - start)});
     }
   }
-  return chunks;
+  return runs;
 }
 
 // Runs task(i) over [0, count) in runs long enough to be worth handing out.
@@ -69,23 +75,26 @@ void for_each(std::int64_t count, std::int64_t bytes, int num_threads, const Tas
 
 // --- pass 1: parts[chunk, unit] ---
 
-void norm_task(const ClipAndNoise& call, const Chunk& chunk, std::int64_t unit_begin,
-               std::int64_t unit_end, double* parts) {
-  const Tensor& tensor = call.tensors[chunk.tensor];
+void norm_task(const ClipAndNoise& call, const Run* chunks, std::int64_t num_chunks,
+               std::int64_t unit, double* parts) {
   const Kernels& isa = kernels();
-  std::vector<const void*> rows;
-  for (std::int64_t u = unit_begin; u < unit_end; ++u) {
-    if (call.unit_start == nullptr) {
-      const void* row = cell(tensor, u, chunk.start);
-      parts[u] = isa.norm_part(&row, 1, chunk.length, tensor.dtype, call.norm);
-      continue;
+  if (call.unit_start == nullptr) {
+    for (std::int64_t c = 0; c < num_chunks; ++c) {
+      const Tensor& tensor = call.tensors[chunks[c].tensor];
+      const void* row = cell(tensor, unit, chunks[c].start);
+      parts[c * call.num_units + unit] =
+          isa.norm_part(&row, 1, chunks[c].length, tensor.dtype, call.norm);
     }
-    rows.clear();
-    for (std::int64_t i = call.unit_start[u]; i < call.unit_start[u + 1]; ++i) {
-      rows.push_back(cell(tensor, call.row_order[i], chunk.start));
-    }
-    parts[u] = isa.norm_part(rows.data(), static_cast<std::int64_t>(rows.size()), chunk.length,
-                             tensor.dtype, call.norm);
+    return;
+  }
+  const std::int64_t* order = call.row_order + call.unit_start[unit];
+  const std::int64_t num_rows = call.unit_start[unit + 1] - call.unit_start[unit];
+  std::vector<const void*> rows(static_cast<std::size_t>(num_rows));
+  for (std::int64_t c = 0; c < num_chunks; ++c) {
+    const Tensor& tensor = call.tensors[chunks[c].tensor];
+    for (std::int64_t r = 0; r < num_rows; ++r) rows[r] = cell(tensor, order[r], chunks[c].start);
+    parts[c * call.num_units + unit] =
+        isa.norm_part(rows.data(), num_rows, chunks[c].length, tensor.dtype, call.norm);
   }
 }
 
@@ -93,14 +102,14 @@ std::int64_t rows_of_unit(const ClipAndNoise& call, std::int64_t u) {
   return call.unit_start == nullptr ? 1 : call.unit_start[u + 1] - call.unit_start[u];
 }
 
-void take_norms(const ClipAndNoise& call, const std::vector<Chunk>& chunks,
+void take_norms(const ClipAndNoise& call, const std::vector<Run>& chunks,
                 const Workspace& workspace, std::int64_t bytes, int num_threads) {
-  const std::int64_t slabs = (call.num_units + kUnitSlab - 1) / kUnitSlab;
   const std::int64_t num_chunks = static_cast<std::int64_t>(chunks.size());
-  for_each(num_chunks * slabs, bytes, num_threads, [&](std::int64_t i) {
-    const std::int64_t begin = i % slabs * kUnitSlab;
-    norm_task(call, chunks[i / slabs], begin, std::min(call.num_units, begin + kUnitSlab),
-              workspace.parts + i / slabs * call.num_units);
+  const std::int64_t spans = (num_chunks + kSpanChunks - 1) / kSpanChunks;
+  for_each(spans * call.num_units, bytes, num_threads, [&](std::int64_t i) {
+    const std::int64_t first = i / call.num_units * kSpanChunks;
+    norm_task(call, chunks.data() + first, std::min(kSpanChunks, num_chunks - first),
+              i % call.num_units, workspace.parts + first * call.num_units);
   });
   std::fill(call.norms, call.norms + call.num_groups * call.num_units, 0.0);
   for (std::int64_t c = 0; c < num_chunks; ++c) {
@@ -217,51 +226,104 @@ Release prepare_release(const ClipAndNoise& call) {
   return release;
 }
 
-template <class Out, class NoiseFunction>
-void write_chunk(const ClipAndNoise& call, const Release& release, NoiseFunction noise_function,
-                 std::int64_t tensor_index, std::int64_t start, std::int64_t length,
-                 const double* sums) {
-  const Tensor& tensor = call.tensors[tensor_index];
-  Out* out = static_cast<Out*>(tensor.out) + start;
-  const double scale = release.scales.empty() ? 0.0 : release.scales[tensor.group];
-  alignas(64) Out noise[math::kNoiseGroup];
-  for (std::int64_t first = 0; first < length; first += math::kNoiseGroup) {
-    const std::int64_t count = std::min<std::int64_t>(math::kNoiseGroup, length - first);
-    if (!release.scales.empty()) {
-      noise_function(release.stream, static_cast<std::uint32_t>(tensor_index),
-                     (start + first) / math::kNoiseGroup, call.mechanism, noise);
-    }
-    for (std::int64_t j = 0; j < count; ++j) {
-      double value = sums[first + j];
-      if (call.accumulate) value += static_cast<double>(out[first + j]);
-      if (!release.scales.empty()) value += scale * static_cast<double>(noise[j]);
-      out[first + j] = static_cast<Out>(value * release.factor);
-    }
+// The two output precisions, as the kernels name them.
+struct Single {
+  using Out = float;
+  static void noise(const Release& release, std::int64_t tensor, std::int64_t group,
+                    math::Mechanism mechanism, Out* out) {
+    kernels().noise_single(release.stream, static_cast<std::uint32_t>(tensor), group, mechanism,
+                           out);
   }
-}
+  static constexpr auto kStart = &Kernels::start_single;
+  static constexpr auto kFinish = &Kernels::finish_single;
+};
 
-void sum_task(const ClipAndNoise& call, const Workspace& workspace, const Release& release,
-              std::int64_t tensor_index, std::int64_t start, std::int64_t length) {
-  const Tensor& tensor = call.tensors[tensor_index];
-  const double* row_weights = workspace.row_weights + tensor.group * call.num_rows;
-  alignas(64) double sums[kChunk];
-  std::fill(sums, sums + length, 0.0);
+struct Double {
+  using Out = double;
+  static void noise(const Release& release, std::int64_t tensor, std::int64_t group,
+                    math::Mechanism mechanism, Out* out) {
+    kernels().noise_double(release.stream, static_cast<std::uint32_t>(tensor), group, mechanism,
+                           out);
+  }
+  static constexpr auto kStart = &Kernels::start_double;
+  static constexpr auto kFinish = &Kernels::finish_double;
+};
+
+// Sums, noise and output of one run. The noise of 256 columns is computed while the first rows of
+// these columns are on their way from memory: arithmetic and memory work at the same time.
+template <class Precision>
+void sum_task(const ClipAndNoise& call, const double* all_weights, const Release& release,
+              const Run& run) {
+  using Out = typename Precision::Out;
+  const Kernels& isa = kernels();
+  const Tensor& tensor = call.tensors[run.tensor];
+  const double* row_weights = all_weights + tensor.group * call.num_rows;
+  const bool noisy = !release.scales.empty();
+  Out* out = static_cast<Out*>(tensor.out) + run.start;
+  thread_local std::vector<double> buffer(kMaxSpan);
+  double* sums = buffer.data();
+
   const void* rows[kRowSlab];
   double weights[kRowSlab];
-  for (std::int64_t b = 0; b < call.num_rows;) {
+  std::int64_t next = 0;
+  const auto gather = [&](std::int64_t wanted) {
     std::int64_t gathered = 0;
-    for (; b < call.num_rows && gathered < kRowSlab; ++b) {
-      if (row_weights[b] == 0.0) continue;  // dropped rows may hold NaN: never multiplied
-      rows[gathered] = cell(tensor, b, start);
-      weights[gathered++] = row_weights[b];
+    for (; next < call.num_rows && gathered < wanted; ++next) {
+      if (row_weights[next] == 0.0) continue;  // dropped rows may hold NaN: never multiplied
+      rows[gathered] = cell(tensor, next, run.start);
+      weights[gathered++] = tensor.dtype == DType::kFloat64
+                                ? row_weights[next]
+                                : math::short_weight(row_weights[next]);
     }
-    kernels().weighted_sum(rows, weights, gathered, length, tensor.dtype, sums);
+    return gathered;
+  };
+
+  const std::int64_t first_rows = gather(kRowsPerPass);
+  alignas(64) Out noise[math::kNoiseGroup];
+  for (std::int64_t first = 0; first < run.length; first += math::kNoiseGroup) {
+    const std::int64_t count = std::min<std::int64_t>(math::kNoiseGroup, run.length - first);
+    if (noisy) {
+      const std::int64_t begin = first * item_size(tensor.dtype);
+      for (std::int64_t r = 0; r < first_rows; ++r) {
+        const char* row = static_cast<const char*>(rows[r]) + begin;
+        for (std::int64_t b = 0; b < count * item_size(tensor.dtype); b += 64) {
+          __builtin_prefetch(row + b);
+        }
+      }
+      Precision::noise(release, run.tensor, (run.start + first) / math::kNoiseGroup,
+                       call.mechanism, noise);
+    }
+    (isa.*Precision::kStart)(noisy ? noise : nullptr, noisy ? release.scales[tensor.group] : 0.0,
+                             call.accumulate ? out + first : nullptr, count, sums + first);
+    isa.weighted_sum(rows, weights, first_rows, first, count, tensor.dtype, sums + first);
   }
-  if (tensor.dtype == DType::kFloat64) {
-    write_chunk<double>(call, release, kernels().noise_double, tensor_index, start, length, sums);
-  } else {
-    write_chunk<float>(call, release, kernels().noise_single, tensor_index, start, length, sums);
+  for (std::int64_t more; (more = gather(kRowSlab)) > 0;) {
+    isa.weighted_sum(rows, weights, more, 0, run.length, tensor.dtype, sums);
   }
+  (isa.*Precision::kFinish)(sums, release.factor, run.length, out);
+}
+
+// Runs as long as possible that still give every thread several; the bits do not depend on it.
+std::int64_t choose_span(const ClipAndNoise& call, int num_threads) {
+  std::int64_t columns = 0;
+  for (std::int64_t k = 0; k < call.num_tensors; ++k) columns += call.tensors[k].numel;
+  std::int64_t span = kMaxSpan;
+  while (span > math::kNoiseGroup && columns / span < 4 * num_threads) span /= 2;
+  return span;
+}
+
+void take_sums(const ClipAndNoise& call, const Workspace& workspace, const Release& release,
+               std::int64_t bytes, int num_threads) {
+  const std::vector<Run> runs = cut(call, choose_span(call, num_threads));
+  const std::int64_t num_runs = static_cast<std::int64_t>(runs.size());
+  for_each(num_runs, bytes, num_threads, [&](std::int64_t i) {
+    const Run& run = runs[num_runs - 1 - i];
+    if (call.tensors[run.tensor].dtype == DType::kFloat64) {
+      sum_task<Double>(call, workspace.row_weights, release, run);
+    } else {
+      sum_task<Single>(call, workspace.row_weights, release, run);
+    }
+  });
 }
 
 }  // namespace
@@ -276,11 +338,12 @@ Status clip_and_noise(const ClipAndNoise& call, int num_threads) {
   if (call.unit_count != nullptr && *call.unit_count > call.num_units) {
     return Status::kTooManyUnits;
   }
-  const std::vector<Chunk> chunks = list_chunks(call);
+  const std::vector<Run> chunks = cut(call, kChunk);
   const Workspace workspace(call, static_cast<std::int64_t>(chunks.size()));
-  std::int64_t bytes = 0;
+  std::int64_t bytes = 0, columns = 0;
   for (std::int64_t k = 0; k < call.num_tensors; ++k) {
     bytes += call.tensors[k].numel * call.num_rows * item_size(call.tensors[k].dtype);
+    columns += call.tensors[k].numel;
   }
   if (call.given_norms == nullptr) {
     take_norms(call, chunks, workspace, bytes, num_threads);
@@ -289,12 +352,8 @@ Status clip_and_noise(const ClipAndNoise& call, int num_threads) {
   }
   if (!take_thresholds(call)) return Status::kBadBound;
   take_weights(call, workspace);
-  const Release release = prepare_release(call);
-  const std::int64_t num_chunks = static_cast<std::int64_t>(chunks.size());
-  for_each(num_chunks, std::max(bytes, num_chunks * kChunk * 4), num_threads, [&](std::int64_t i) {
-    const Chunk& chunk = chunks[num_chunks - 1 - i];
-    sum_task(call, workspace, release, chunk.tensor, chunk.start, chunk.length);
-  });
+  // A column of noise costs about as much as reading 32 bytes.
+  take_sums(call, workspace, prepare_release(call), bytes + 32 * columns, num_threads);
   return Status::kOk;
 }
 

@@ -10,17 +10,32 @@
 
 namespace dpfast::cpu {
 
+// Rows that weighted_sum adds in one pass over the sums. More rows mean less traffic on the sums,
+// but more streams than the prefetchers follow, and rows a power of two apart share cache sets.
+constexpr std::int64_t kRowsPerPass = 8;
+
 struct Kernels {
   const char* name;
 
-  // Sum over columns of f(sum over the given rows), f = square (L2) or absolute value (L1).
-  // rows: [num_rows] pointers to the chunk's first column; length <= kChunk.
+  // Sum over a chunk's columns of f(sum over the given rows), f = square (L2) or absolute value
+  // (L1). rows: [num_rows] pointers to the chunk's first column; length <= kChunk.
   double (*norm_part)(const void* const* rows, std::int64_t num_rows, std::int64_t length,
                       DType dtype, Norm norm);
 
-  // accumulator[j] += sum_b weights[b] * rows[b][j], in the order of the rows.
+  // sums[j] += sum_b weights[b] * rows[b][offset + j] for j < length, in the order of the rows.
+  // The weights have at most 29 significant bits where the elements have 24 (see short_weight).
   void (*weighted_sum)(const void* const* rows, const double* weights, std::int64_t num_rows,
-                       std::int64_t length, DType dtype, double* accumulator);
+                       std::int64_t offset, std::int64_t length, DType dtype, double* sums);
+
+  // sums[j] = scale * noise[j] + previous[j]; either may be null, and is then left out.
+  void (*start_single)(const float* noise, double scale, const float* previous,
+                       std::int64_t length, double* sums);
+  void (*start_double)(const double* noise, double scale, const double* previous,
+                       std::int64_t length, double* sums);
+
+  // out[j] = sums[j] * factor, rounded once.
+  void (*finish_single)(const double* sums, double factor, std::int64_t length, float* out);
+  void (*finish_double)(const double* sums, double factor, std::int64_t length, double* out);
 
   // Noise of elements [256 * group, 256 * group + 256) of a tensor, standard scale.
   void (*noise_single)(const math::NoiseStream& stream, std::uint32_t tensor, std::int64_t group,

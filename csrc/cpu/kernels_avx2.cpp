@@ -1,10 +1,10 @@
 // The inner loops for AVX2.
+#include <immintrin.h>
+
 #include "cpu/kernels.h"
 
 #define DPFAST_ISA_NAME "avx2"
 #define DPFAST_VECTOR_BYTES 32
-#define DPFAST_ROWS_AT_ONCE 8
-#define DPFAST_PREFETCH_BYTES 2048
 
 namespace dpfast::cpu {
 namespace isa_avx2 {

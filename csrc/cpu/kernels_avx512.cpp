@@ -1,10 +1,10 @@
 // The inner loops for AVX512.
+#include <immintrin.h>
+
 #include "cpu/kernels.h"
 
 #define DPFAST_ISA_NAME "avx512"
 #define DPFAST_VECTOR_BYTES 64
-#define DPFAST_ROWS_AT_ONCE 8
-#define DPFAST_PREFETCH_BYTES 2048
 
 namespace dpfast::cpu {
 namespace isa_avx512 {

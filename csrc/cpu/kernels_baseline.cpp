@@ -3,8 +3,6 @@
 
 #define DPFAST_ISA_NAME "baseline"
 #define DPFAST_VECTOR_BYTES 16
-#define DPFAST_ROWS_AT_ONCE 8
-#define DPFAST_PREFETCH_BYTES 2048
 
 namespace dpfast::cpu {
 namespace isa_baseline {

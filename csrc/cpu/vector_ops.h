@@ -21,12 +21,31 @@ struct VectorOps {
     for (int i = 0; i < kWidth; ++i) y[i] = __builtin_sqrtf(x[i]);
     return y;
   }
-  DPFAST_HOST_DEVICE U less(U a, U b) { return (U)(a < b); }
-  DPFAST_HOST_DEVICE F select(U mask, F yes, F no) { return (S)mask ? yes : no; }
-  DPFAST_HOST_DEVICE U select_u(U mask, U yes, U no) { return (S)mask ? yes : no; }
-  DPFAST_HOST_DEVICE bool any(U mask) {
-    std::uint32_t all = 0;
-    for (int i = 0; i < kWidth; ++i) all |= mask[i];
-    return all != 0;
+  DPFAST_HOST_DEVICE U minimum(U a, U b) { return a < b ? a : b; }
+  DPFAST_HOST_DEVICE F if_less(U a, U b, F yes, F no) { return a < b ? yes : no; }
+  DPFAST_HOST_DEVICE U if_less_u(U a, U b, U yes, U no) { return a < b ? yes : no; }
+  DPFAST_HOST_DEVICE F if_bit(U x, std::uint32_t bit, F yes, F no) {
+    return (x & bit) != 0 ? yes : no;
+  }
+  DPFAST_HOST_DEVICE F fma(F a, F b, F c) {
+#if DPFAST_VECTOR_BYTES == 64
+    return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif DPFAST_VECTOR_BYTES == 32
+    return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    F y;
+    for (int i = 0; i < kWidth; ++i) y[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return y;
+#endif
+  }
+  DPFAST_HOST_DEVICE bool any_less(U a, std::uint32_t b) {
+#if DPFAST_VECTOR_BYTES == 64
+    return _mm512_cmplt_epu32_mask((__m512i)a, _mm512_set1_epi32(static_cast<int>(b))) != 0;
+#else
+    const S below = a < U{} + b;
+    std::int32_t any = 0;
+    for (int i = 0; i < kWidth; ++i) any |= below[i];
+    return any != 0;
+#endif
   }
 };

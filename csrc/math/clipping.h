@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "math/macros.h"
 
@@ -58,6 +59,20 @@ DPFAST_HOST_DEVICE double clipping_weight(Clipping rule, double norm, double bou
     }
   }
   return 0.0;
+}
+
+// The weight cut to 29 significant bits, toward zero (2^-28 relative at most): its product with a
+// 24-bit element is then exact in float64, and FMA gives the same bits as multiply and add.
+DPFAST_HOST_DEVICE double short_weight(double weight) {
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double(__double_as_longlong(weight) & ~0xffffffll);
+#else
+  std::int64_t bits;
+  std::memcpy(&bits, &weight, sizeof bits);
+  bits &= ~std::int64_t{0xffffff};
+  std::memcpy(&weight, &bits, sizeof bits);
+  return weight;
+#endif
 }
 
 // Noise scale of group k: z * gamma_k * D with D^2 = sum_j (C_j / gamma_j)^2, or

@@ -1,9 +1,9 @@
 // The scalar "lane" operations from which the noise formulae are built.
 //
 // Every formula in math/ takes an Ops type with these members. ScalarOps serves CUDA and the
-// tests; cpu/vector_ops.h has the same members for SIMD vectors. Multiplication and addition are
-// separate and correctly rounded everywhere (no contraction to FMA), so that scalar, AVX2,
-// AVX-512 and CUDA produce the same bits.
+// tests; cpu/vector_ops.h has the same members for SIMD vectors. Every operation, the FMA among
+// them, is correctly rounded and none is contracted, so that scalar, AVX2, AVX-512 and CUDA
+// produce the same bits.
 #pragma once
 
 #include <cmath>
@@ -14,31 +14,35 @@
 
 namespace dpfast::math {
 
-// On the device, `a * b + c` may be contracted; the _rn intrinsics never are.
-DPFAST_HOST_DEVICE float mul_rounded(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;  // host code is compiled with -ffp-contract=off
-#endif
-}
-
-DPFAST_HOST_DEVICE float add_rounded(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fadd_rn(a, b);
-#else
-  return a + b;
-#endif
-}
-
 struct ScalarOps {
   using F = float;
   using U = std::uint32_t;
 
   DPFAST_HOST_DEVICE U u(std::uint32_t x) { return x; }
   DPFAST_HOST_DEVICE F f(float x) { return x; }
-  DPFAST_HOST_DEVICE F mul(F a, F b) { return mul_rounded(a, b); }
-  DPFAST_HOST_DEVICE F add(F a, F b) { return add_rounded(a, b); }
+  // On the device `a * b` and `a + b` may be contracted to an FMA; the _rn intrinsics never are.
+  // Host code is compiled with -ffp-contract=off.
+  DPFAST_HOST_DEVICE F mul(F a, F b) {
+#if defined(__CUDA_ARCH__)
+    return __fmul_rn(a, b);
+#else
+    return a * b;
+#endif
+  }
+  DPFAST_HOST_DEVICE F add(F a, F b) {
+#if defined(__CUDA_ARCH__)
+    return __fadd_rn(a, b);
+#else
+    return a + b;
+#endif
+  }
+  DPFAST_HOST_DEVICE F fma(F a, F b, F c) {
+#if defined(__CUDA_ARCH__)
+    return __fmaf_rn(a, b, c);
+#else
+    return std::fma(a, b, c);
+#endif
+  }
   DPFAST_HOST_DEVICE F to_float(U x) {
 #if defined(__CUDA_ARCH__)
     return __uint2float_rn(x);
@@ -81,10 +85,12 @@ struct ScalarOps {
     return std::sqrt(x);
 #endif
   }
-  DPFAST_HOST_DEVICE U less(U a, U b) { return a < b ? ~0u : 0u; }  // a mask of all ones
-  DPFAST_HOST_DEVICE F select(U mask, F yes, F no) { return mask ? yes : no; }
-  DPFAST_HOST_DEVICE U select_u(U mask, U yes, U no) { return mask ? yes : no; }
-  DPFAST_HOST_DEVICE bool any(U mask) { return mask != 0; }
+  DPFAST_HOST_DEVICE U minimum(U a, U b) { return a < b ? a : b; }
+  // Lane by lane, a < b ? yes : no.
+  DPFAST_HOST_DEVICE F if_less(U a, U b, F yes, F no) { return a < b ? yes : no; }
+  DPFAST_HOST_DEVICE U if_less_u(U a, U b, U yes, U no) { return a < b ? yes : no; }
+  DPFAST_HOST_DEVICE F if_bit(U x, std::uint32_t bit, F yes, F no) { return x & bit ? yes : no; }
+  DPFAST_HOST_DEVICE bool any_less(U a, std::uint32_t b) { return a < b; }
 };
 
 }  // namespace dpfast::math

@@ -11,7 +11,7 @@
 //
 // In single precision every result is within 4e-7 (relative to the larger of 1 and its size) of
 // the exact transform of the same words (tests/ops/test_noise.py measures it). The polynomials
-// are least-maximum fits made for this file: ln to 6e-9, sin to 4e-9, cos to 1e-10.
+// are least-maximum fits made for this file: ln to 3e-8, sin to 4e-9, cos to 1e-10.
 #pragma once
 
 #include <cmath>
@@ -44,66 +44,60 @@ DPFAST_HOST_DEVICE void noise_words(const NoiseStream& stream, std::uint32_t ten
                       static_cast<std::uint32_t>(stream.step >> 32), words);
 }
 
-// -ln(u) for u = (high + fraction) / 2^32, 0 < fraction <= 1: relative error < 3e-7.
+// -ln(u) for u = (high + fraction) / 2^32, 0 < fraction <= 1.
 template <class Ops>
 DPFAST_HOST_DEVICE typename Ops::F negative_log(typename Ops::U high,
                                                 typename Ops::F fraction) {
   using F = typename Ops::F;
   using U = typename Ops::U;
   const std::uint32_t sqrt_half_bits = 0x3f3504f3u;
+  const U near_one = Ops::u(0xb504f334u);  // sqrt(1/2) * 2^32
   const F value = Ops::add(Ops::to_float(high), fraction);  // u * 2^32
   // u = 2^(exponent - 32) * mantissa with the mantissa in [sqrt(1/2), sqrt(2)).
   const U bits = Ops::as_uint(value);
   const U exponent = Ops::arithmetic_shift_right(bits - Ops::u(sqrt_half_bits), 23);
   const F mantissa = Ops::as_float(bits - (exponent << 23));
   // Near u = 1 the difference u - 1 is taken from the integers, where it is exact.
-  const F complement =
-      Ops::add(Ops::to_float(~high), Ops::add(Ops::f(1.0f), Ops::mul(fraction, Ops::f(-1.0f))));
-  const U far = Ops::less(high, Ops::u(0xb504f334u));  // u < sqrt(1/2)
-  const F f = Ops::select(far, Ops::add(mantissa, Ops::f(-1.0f)),
-                          Ops::mul(complement, Ops::f(-0x1p-32f)));
+  const F complement = Ops::add(Ops::to_float(~high), Ops::fma(fraction, Ops::f(-1.0f), Ops::f(1.0f)));
+  const F f = Ops::if_less(high, near_one, Ops::add(mantissa, Ops::f(-1.0f)),
+                           Ops::mul(complement, Ops::f(-0x1p-32f)));
+  const F octaves =
+      Ops::signed_to_float(Ops::if_less_u(high, near_one, Ops::u(32) - exponent, Ops::u(0)));
   // ln(1 + f) = f - f^2/2 + f^3 P(f)
-  F p = Ops::f(-0x1.38b37cp-4f);
-  p = Ops::add(Ops::mul(p, f), Ops::f(0x1.055b82p-3f));
-  p = Ops::add(Ops::mul(p, f), Ops::f(-0x1.0d85aep-3f));
-  p = Ops::add(Ops::mul(p, f), Ops::f(0x1.22da20p-3f));
-  p = Ops::add(Ops::mul(p, f), Ops::f(-0x1.54723ap-3f));
-  p = Ops::add(Ops::mul(p, f), Ops::f(0x1.99a008p-3f));
-  p = Ops::add(Ops::mul(p, f), Ops::f(-0x1.000228p-2f));
-  p = Ops::add(Ops::mul(p, f), Ops::f(0x1.555554p-2f));
-  const F square = Ops::mul(f, f);
-  const F tail = Ops::mul(square, Ops::add(Ops::mul(p, f), Ops::f(-0.5f)));
-  const F log_mantissa = Ops::add(f, tail);
-  const F octaves = Ops::signed_to_float(Ops::select_u(far, Ops::u(32) - exponent, Ops::u(0)));
-  return Ops::add(Ops::mul(octaves, Ops::f(0x1.62e430p-1f)),
-                  Ops::mul(log_mantissa, Ops::f(-1.0f)));
+  F p = Ops::f(0x1.645790p-4f);
+  p = Ops::fma(p, f, Ops::f(-0x1.243286p-3f));
+  p = Ops::fma(p, f, Ops::f(0x1.31756ep-3f));
+  p = Ops::fma(p, f, Ops::f(-0x1.538258p-3f));
+  p = Ops::fma(p, f, Ops::f(0x1.98d7dap-3f));
+  p = Ops::fma(p, f, Ops::f(-0x1.000382p-2f));
+  p = Ops::fma(p, f, Ops::f(0x1.5556dap-2f));
+  p = Ops::fma(p, f, Ops::f(-0.5f));
+  const F log_mantissa = Ops::fma(Ops::mul(f, f), p, f);
+  return Ops::fma(octaves, Ops::f(0x1.62e430p-1f), Ops::mul(log_mantissa, Ops::f(-1.0f)));
 }
 
-// cos and sin of 2 pi (angle + 1/2) / 2^32: absolute error < 2e-7.
+// A point of the unit circle: the low 30 bits are an angle x in (-pi/4, pi/4), bit 31 negates
+// cos x and bit 30 exchanges the coordinates. sin x is symmetric, so this covers the circle
+// evenly.
 template <class Ops>
-DPFAST_HOST_DEVICE void cos_sin_turn(typename Ops::U angle, typename Ops::F& cosine,
-                                     typename Ops::F& sine) {
+DPFAST_HOST_DEVICE void circle_point(typename Ops::U word, typename Ops::F& first,
+                                     typename Ops::F& second) {
   using F = typename Ops::F;
-  using U = typename Ops::U;
-  const U quadrant = (angle + Ops::u(1u << 29)) >> 30;
-  const U rest = angle - (quadrant << 30);  // signed, in [-2^29, 2^29)
-  const F x = Ops::mul(Ops::add(Ops::signed_to_float(rest), Ops::f(0.5f)),
-                       Ops::f(0x1.921fb6p-30f));  // 2 pi / 2^32
+  const F step = Ops::f(0x1.921fb6p-32f);  // pi / 4 / 2^31
+  const F x = Ops::fma(Ops::signed_to_float(word << 2), step, Ops::f(0x1.921fb6p-31f));
   const F square = Ops::mul(x, x);
   F s = Ops::f(-0x1.994eacp-13f);
-  s = Ops::add(Ops::mul(s, square), Ops::f(0x1.110760p-7f));
-  s = Ops::add(Ops::mul(s, square), Ops::f(-0x1.555546p-3f));
-  s = Ops::add(x, Ops::mul(Ops::mul(x, square), s));
+  s = Ops::fma(s, square, Ops::f(0x1.110760p-7f));
+  s = Ops::fma(s, square, Ops::f(-0x1.555546p-3f));
+  s = Ops::fma(Ops::mul(x, square), s, x);
   F c = Ops::f(0x1.9a0250p-16f);
-  c = Ops::add(Ops::mul(c, square), Ops::f(-0x1.6c0c8cp-10f));
-  c = Ops::add(Ops::mul(c, square), Ops::f(0x1.55554ap-5f));
-  c = Ops::add(Ops::mul(c, square), Ops::f(-0.5f));
-  c = Ops::add(Ops::mul(c, square), Ops::f(1.0f));
-  const U swap = Ops::u(0) - (quadrant & Ops::u(1));
-  const U cosine_sign = ((quadrant + Ops::u(1)) & Ops::u(2)) << 30;
-  const U sine_sign = (quadrant & Ops::u(2)) << 30;
-  cosine = Ops::as_float(Ops::as_uint(Ops::select(swap, s, c)) ^ cosine_sign);
-  sine = Ops::as_float(Ops::as_uint(Ops::select(swap, c, s)) ^ sine_sign);
+  c = Ops::fma(c, square, Ops::f(-0x1.6c0c8cp-10f));
+  c = Ops::fma(c, square, Ops::f(0x1.55554ap-5f));
+  c = Ops::fma(c, square, Ops::f(-0.5f));
+  c = Ops::fma(c, square, Ops::f(1.0f));
+  c = Ops::as_float(Ops::as_uint(c) ^ (word & Ops::u(0x80000000u)));
+  first = Ops::if_bit(word, 0x40000000u, s, c);
+  second = Ops::if_bit(word, 0x40000000u, c, s);
 }
 
 // 16 standard normals from the 16 words of a block, one block per lane.
@@ -115,23 +109,23 @@ DPFAST_HOST_DEVICE void gaussian_block(const NoiseStream& stream, std::uint32_t 
   using U = typename Ops::U;
   U words[kChaChaWords];
   noise_words<Ops>(stream, tensor, block, words);
-  U low = Ops::u(0);
-  for (int p = 0; p < kChaChaWords; p += 2) low |= Ops::less(words[p], Ops::u(kExtensionBelow));
-  const bool extend = Ops::any(low);  // once in 8,192 blocks
+  U lowest = words[0];
+  for (int p = 2; p < kChaChaWords; p += 2) lowest = Ops::minimum(lowest, words[p]);
+  const bool extend = Ops::any_less(lowest, kExtensionBelow);  // once in 8,192 blocks
   U more[kChaChaWords];
   if (extend) noise_words<Ops>(stream, tensor | kExtensionBit, block, more);
   for (int p = 0; p < kChaChaWords; p += 2) {
     F fraction = Ops::f(0.5f);
     if (extend) {
-      const F fine = Ops::add(Ops::mul(Ops::to_float(more[p]), Ops::f(0x1p-32f)), Ops::f(0x1p-33f));
-      fraction = Ops::select(Ops::less(words[p], Ops::u(kExtensionBelow)), fine, fraction);
+      const F fine = Ops::fma(Ops::to_float(more[p]), Ops::f(0x1p-32f), Ops::f(0x1p-33f));
+      fraction = Ops::if_less(words[p], Ops::u(kExtensionBelow), fine, fraction);
     }
     const F exponential = negative_log<Ops>(words[p], fraction);
     const F radius = Ops::sqrt(Ops::add(exponential, exponential));
-    F cosine, sine;
-    cos_sin_turn<Ops>(words[p + 1], cosine, sine);
-    out[p] = Ops::mul(radius, cosine);
-    out[p + 1] = Ops::mul(radius, sine);
+    F first, second;
+    circle_point<Ops>(words[p + 1], first, second);
+    out[p] = Ops::mul(radius, first);
+    out[p + 1] = Ops::mul(radius, second);
   }
 }
 
@@ -144,17 +138,17 @@ DPFAST_HOST_DEVICE void laplace_block(const NoiseStream& stream, std::uint32_t t
   using U = typename Ops::U;
   U words[kChaChaWords];
   noise_words<Ops>(stream, tensor, block, words);
-  U low = Ops::u(0);
-  for (int i = 0; i < kChaChaWords; ++i) low |= Ops::less(words[i], Ops::u(kExtensionBelow));
-  const bool extend = Ops::any(low);  // once in 4,096 blocks
+  U lowest = words[0];
+  for (int i = 1; i < kChaChaWords; ++i) lowest = Ops::minimum(lowest, words[i]);
+  const bool extend = Ops::any_less(lowest, kExtensionBelow);  // once in 4,096 blocks
   U more[kChaChaWords];
   if (extend) noise_words<Ops>(stream, tensor | kExtensionBit, block, more);
   for (int i = 0; i < kChaChaWords; ++i) {
     // Bit 0 is the sign, so a cell of the magnitude is two integers wide.
     F fraction = Ops::f(1.0f);
     if (extend) {
-      const F fine = Ops::add(Ops::mul(Ops::to_float(more[i]), Ops::f(0x1p-31f)), Ops::f(0x1p-32f));
-      fraction = Ops::select(Ops::less(words[i], Ops::u(kExtensionBelow)), fine, fraction);
+      const F fine = Ops::fma(Ops::to_float(more[i]), Ops::f(0x1p-31f), Ops::f(0x1p-32f));
+      fraction = Ops::if_less(words[i], Ops::u(kExtensionBelow), fine, fraction);
     }
     const F magnitude = negative_log<Ops>(words[i] & Ops::u(~1u), fraction);
     out[i] = Ops::as_float(Ops::as_uint(magnitude) ^ (words[i] << 31));
@@ -177,11 +171,15 @@ DPFAST_HOST_DEVICE std::uint64_t join_words(std::uint32_t high, std::uint32_t lo
 DPFAST_HOST_DEVICE void gaussian_pair_double(std::uint64_t radius_bits, std::uint64_t angle_bits,
                                              double out[2]) {
   const double radius = std::sqrt(2.0 * negative_log_double(radius_bits));
-  // The signed angle in (-pi, pi) keeps full relative precision around zero.
-  const double turn = (static_cast<double>(static_cast<std::int64_t>(angle_bits)) + 0.5) * 0x1p-64;
-  const double angle = 6.283185307179586476925 * turn;
-  out[0] = radius * std::cos(angle);
-  out[1] = radius * std::sin(angle);
+  // 62 bits of angle in (-pi/4, pi/4), then the same two bits as circle_point().
+  const double turn =
+      (static_cast<double>(static_cast<std::int64_t>(angle_bits << 2)) + 2.0) * 0x1p-63;
+  const double x = 0.78539816339744830962 * turn;
+  const double sine = radius * std::sin(x);
+  const double cosine = (angle_bits >> 63 ? -radius : radius) * std::cos(x);
+  const bool exchange = (angle_bits >> 62) & 1;
+  out[0] = exchange ? sine : cosine;
+  out[1] = exchange ? cosine : sine;
 }
 
 DPFAST_HOST_DEVICE double laplace_double(std::uint32_t word, std::uint32_t more) {
