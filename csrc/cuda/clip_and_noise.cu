@@ -5,13 +5,14 @@
 #include <vector>
 
 #include "cuda/clip_and_noise_cuda.h"
-#include "cuda/cuda_check.h"
+#include "cuda/launch.cuh"
 #include "cuda/weighted_sum.cuh"
 
 namespace dpfast::cuda {
 namespace {
 
 constexpr int kBlocksPerProcessor = 16;  // grid-stride loops take the rest
+constexpr int kStoreThreads = 128;
 constexpr int kValuesPerLaunch = 400;    // doubles in kernel parameters, below 4 KB
 
 struct Values {
@@ -20,7 +21,7 @@ struct Values {
 };
 
 __global__ void store_values_kernel(const __grid_constant__ Values values, double* out) {
-  for (int i = threadIdx.x; i < values.count; i += blockDim.x) out[i] = values.values[i];
+  for (int i = threadIdx.x; i < values.count; i += kStoreThreads) out[i] = values.values[i];
 }
 
 struct Workspace {
@@ -80,7 +81,7 @@ class Launcher {
     batch.num_tiles = 0;
     for (std::int64_t k = 0; k < call_.num_tensors; ++k) {
       const Tensor& tensor = call_.tensors[k];
-      if (tensor.dtype != dtype || tensor.numel == 0) continue;
+      if (tensor.dtype != dtype) continue;
       batch.slices[batch.count++] = {tensor.grad,     tensor.out,       tensor.row_stride,
                                      tensor.numel,    first_chunk_[k],  batch.num_tiles,
                                      tensor.group,    static_cast<std::uint32_t>(k)};
@@ -112,26 +113,20 @@ class Launcher {
     for_each_dtype([&](DType dtype, auto sample) {
       for_each_batch(dtype, kChunk, [&](const TensorBatch& batch) {
         const std::int64_t tasks = batch.num_tiles * call_.num_units;
-        part_norms_kernel<decltype(sample)>
-            <<<grid((tasks + kWarps - 1) / kWarps), kNormThreads, 0, stream_>>>(batch, task);
-        check(cudaGetLastError(), "launch of part_norms_kernel");
+        launch("part_norms_kernel", part_norms_kernel<decltype(sample)>,
+               grid((tasks + kWarps - 1) / kWarps), kNormThreads, stream_, batch, task);
       });
     });
     if (call_.num_groups == 1) {
-      total_norms_kernel<<<grid(call_.num_units), kTotalThreads, 0, stream_>>>(total);
-      check(cudaGetLastError(), "launch of total_norms_kernel");
+      launch("total_norms_kernel", total_norms_kernel, grid(call_.num_units), kTotalThreads,
+             stream_, total);
       return;
     }
-    // A tensor without elements is in no batch: its norms are the zeros that are set here.
-    check(cudaMemsetAsync(call_.norms, 0,
-                          sizeof(double) * call_.num_groups * call_.num_units, stream_),
-          "cudaMemsetAsync");
     for_each_dtype([&](DType dtype, auto) {
       for_each_batch(dtype, kChunk, [&](const TensorBatch& batch) {
         const std::int64_t tasks = batch.count * call_.num_units;
-        group_norms_kernel<<<grid((tasks + kWarps - 1) / kWarps), kNormThreads, 0, stream_>>>(
-            batch, total);
-        check(cudaGetLastError(), "launch of group_norms_kernel");
+        launch("group_norms_kernel", group_norms_kernel, grid((tasks + kWarps - 1) / kWarps),
+               kNormThreads, stream_, batch, total);
       });
     });
   }
@@ -142,8 +137,8 @@ class Launcher {
       Values batch;
       batch.count = std::min(kValuesPerLaunch, call_.num_groups - first);
       std::copy(values + first, values + first + batch.count, batch.values);
-      store_values_kernel<<<1, 128, 0, stream_>>>(batch, out + first);
-      check(cudaGetLastError(), "launch of store_values_kernel");
+      launch("store_values_kernel", store_values_kernel, 1, kStoreThreads, stream_, batch,
+             out + first);
     }
     return out;
   }
@@ -189,8 +184,7 @@ class Launcher {
     task.row_weights = workspace.row_weights;
     task.scales = workspace.scales;
     task.release = workspace.release;
-    weights_kernel<<<1, kWeightThreads, 0, stream_>>>(task);
-    check(cudaGetLastError(), "launch of weights_kernel");
+    launch("weights_kernel", weights_kernel, 1, kWeightThreads, stream_, task);
   }
 
   void sums(const Workspace& workspace) const {
@@ -202,9 +196,8 @@ class Launcher {
                        call_.accumulate};
     for_each_dtype([&](DType dtype, auto sample) {
       for_each_batch(dtype, kTile, [&](const TensorBatch& batch) {
-        weighted_sum_kernel<decltype(sample)>
-            <<<grid(batch.num_tiles), kSumThreads, 0, stream_>>>(batch, task);
-        check(cudaGetLastError(), "launch of weighted_sum_kernel");
+        launch("weighted_sum_kernel", weighted_sum_kernel<decltype(sample)>,
+               grid(batch.num_tiles), kSumThreads, stream_, batch, task);
       });
     });
   }

@@ -1,0 +1,1 @@
+"""Benchmarks of dpfast's ops: `python -m benchmarks --device cpu|cuda`."""

@@ -1,0 +1,142 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from benchmarks import _tables, clip_and_noise, report
+from benchmarks._record import RESULTS, ROOT, device_slug, environment, write_json
+from benchmarks._workload import Case
+from dpfast import _native
+
+__all__ = ["main"]
+
+_OPS = {clip_and_noise.OP: clip_and_noise}
+_NOT_A_TERMINAL_WIDTH = 180
+_IDLE_LOAD = 0.5
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure dpfast's ops against the machine's memory bandwidth and other "
+        "packages. Without the name of an op, measure all.",
+    )
+    parser.add_argument(
+        "command",
+        nargs="*",
+        metavar="OP",
+        help=f"an op to measure ({', '.join(_OPS)}); or 'report': write the tables of the docs "
+        "from saved results; or 'where': print the folder of this device's results",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a few small rows, to try it out")
+    parser.add_argument("--rounds", type=int, default=25, help="at most so many rounds a row")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder of the results (default benchmarks/results/DEVICE); with 'report' the file "
+        "to write (default docs/benchmarks.md)",
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="with 'report': folder that holds them all"
+    )
+    parser.add_argument("--commit", help="commit to record, for a checkout without its .git")
+    return parser
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _show(console: Console, result: dict[str, Any], title: str) -> None:
+    device_type = result["machine"]["device_type"]
+    rows = [_tables.row_cells(row, device_type) for row in result["rows"]]
+    console.print(_table(title, _tables.columns(device_type), rows))
+    if result["noise"]:
+        noise = [_tables.noise_cells(row) for row in result["noise"]]
+        console.print(_table("noise alone", _tables.noise_columns(), noise))
+
+
+def _why_no_cuda() -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return None if _native.has_cuda_kernels() else "this build of dpfast has no CUDA kernels"
+
+
+def _advance(progress: Progress, task: TaskID, case: Case, number: int, total: int) -> None:
+    text = f"{case.mebibytes} MiB, B = {case.batch_size}, {case.variant}"
+    progress.update(task, description=text, completed=number, total=total)
+
+
+def _measure(
+    console: Console, ops: Sequence[str], device: torch.device, arguments: argparse.Namespace
+) -> None:
+    settings = clip_and_noise.Settings(quick=arguments.quick, rounds=arguments.rounds)
+    folder = arguments.output or RESULTS / device_slug(device)
+    about = environment(device, arguments.commit)
+    load = about["machine"]["load_average_at_start"]
+    if device.type == "cpu" and load is not None and load > _IDLE_LOAD:
+        # OpenMP's barriers wait for a thread that lost its core: it is the peers that suffer most.
+        console.print(
+            f"warning: the load average is {load:.1f}: other work on this machine distorts the "
+            "ratios, the peers' most of all",
+            style="yellow",
+        )
+    for op in ops:
+        with Progress(console=console, transient=True) as progress:
+            on_row = partial(_advance, progress, progress.add_task(op))
+            result = about | _OPS[op].run(device, settings, on_row)
+        path = folder / (f"quick-{op}.json" if arguments.quick else f"{op}.json")
+        write_json(path, result)
+        _show(console, result, f"{op} on {result['machine']['device']}")
+        console.print(f"written to {path}", soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_NOT_A_TERMINAL_WIDTH)
+    command = arguments.command or list(_OPS)
+    if arguments.rounds < 1:
+        parser.error(f"--rounds must be >= 1, got {arguments.rounds}")
+    if command == ["report"]:
+        path = arguments.output or ROOT / "docs" / "benchmarks.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(report.render(arguments.results))
+        console.print(f"written to {path}", soft_wrap=True)
+        return 0
+    device = torch.device(arguments.device)
+    if unknown := [name for name in command if name not in _OPS and command != ["where"]]:
+        parser.error(f"unknown op {unknown[0]}; there is {', '.join(_OPS)}")
+    if device.type == "cuda" and (reason := _why_no_cuda()):
+        for op in [name for name in command if name in _OPS]:
+            rows = [
+                _tables.not_measured_cells(case, "cuda")
+                for case in _OPS[op].cases("cuda", quick=arguments.quick)
+            ]
+            console.print(_table(f"{op} on CUDA", _tables.columns("cuda"), rows))
+        Console(stderr=True).print(f"benchmarks: {reason}")
+        return 1
+    if command == ["where"]:
+        console.print(str(RESULTS / device_slug(device)), soft_wrap=True, highlight=False)
+        return 0
+    _measure(console, command, device, arguments)
+    return 0

@@ -1,0 +1,91 @@
+"""What a row of results says, as text: the terminal and the report show the same figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks._workload import Case
+
+__all__ = [
+    "BANDWIDTH_TARGET",
+    "NOISE_NANOSECONDS_TARGET",
+    "NOT_MEASURED",
+    "columns",
+    "noise_cells",
+    "noise_columns",
+    "noise_share_target",
+    "not_measured_cells",
+    "row_cells",
+]
+
+NOT_MEASURED = "not measured"
+BANDWIDTH_TARGET = 0.85
+NOISE_NANOSECONDS_TARGET = 1.0
+
+
+def noise_share_target(case: Case, device_type: str) -> float | None:
+    """The largest share of the call that noise may take; None where no target was set."""
+    if case.given_norms:
+        return None
+    return 0.15 if device_type == "cpu" and case.batch_size < 64 else 0.05
+
+
+def columns(device_type: str) -> list[str]:
+    """Headings of the table of rows."""
+    shares = ["share of bandwidth", "noise share"]
+    if device_type == "cuda":
+        shares += ["share, CUDA graph", "noise share, CUDA graph"]
+    peers = ["PyTorch ops / dpfast", "Opacus / dpfast"]
+    return ["gradients", "tensors", "B", "variant", *shares, *peers, "spread"]
+
+
+def _case_cells(case: Case) -> list[str]:
+    size = f"{case.mebibytes} MiB" if case.mebibytes < 1024 else f"{case.mebibytes // 1024} GiB"
+    return [size, str(case.num_tensors), str(case.batch_size), case.variant]
+
+
+def not_measured_cells(case: Case, device_type: str, reason: str | None = None) -> list[str]:
+    """A row without figures: nothing stands in for what nobody has measured."""
+    cells = _case_cells(case)
+    text = NOT_MEASURED if reason is None else f"{NOT_MEASURED}: {reason}"
+    return [*cells, text, *[NOT_MEASURED] * (len(columns(device_type)) - len(cells) - 1)]
+
+
+def _percent(value: float, *, least: float | None = None, most: float | None = None) -> str:
+    missed = (least is not None and value < least) or (most is not None and value > most)
+    return f"{100 * value:.1f} %" + (" (missed)" if missed else "")
+
+
+def row_cells(row: dict[str, Any], device_type: str) -> list[str]:
+    """The figures of one row; "(missed)" marks a target that was not reached."""
+    case = Case(**row["case"])
+    if "skipped" in row:
+        return not_measured_cells(case, device_type, row["skipped"])
+    ratios = {name: values["median_of_rounds"] for name, values in row["ratios"].items()}
+    most = noise_share_target(case, device_type)
+    cells = _case_cells(case)
+    for infix in ("", "_graph") if device_type == "cuda" else ("",):
+        cells.append(_percent(ratios[f"share_of_bandwidth{infix}"], least=BANDWIDTH_TARGET))
+        cells.append(_percent(ratios[f"noise_share{infix}"], most=most))
+    for peer in ("pytorch", "opacus"):
+        if peer in row["not_measured"]:
+            cells.append(f"{NOT_MEASURED}: {row['not_measured'][peer]}")
+        else:
+            cells.append(f"{ratios[f'{peer}_over_dpfast']:.2f}x")
+    return [*cells, f"{100 * row['seconds']['dpfast']['spread']:.0f} %"]
+
+
+def noise_columns() -> list[str]:
+    """Headings of the table of noise alone."""
+    return ["noise, one core", "ns a sample", "torch.randn, ns a sample", "torch.randn / dpfast"]
+
+
+def noise_cells(row: dict[str, Any]) -> list[str]:
+    """The figures of noise alone."""
+    own = row["nanoseconds_per_sample"]["median"]
+    return [
+        row["mechanism"],
+        f"{own:.2f}" + (" (missed)" if own > NOISE_NANOSECONDS_TARGET else ""),
+        f"{row['torch_randn_nanoseconds_per_sample']['median']:.2f}",
+        f"{row['torch_randn_over_dpfast']['median_of_rounds']:.2f}x",
+    ]

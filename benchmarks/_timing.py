@@ -1,0 +1,187 @@
+"""Interleaved timing: contenders take turns, so that a drifting machine hits all of them alike."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+__all__ = [
+    "Clock",
+    "Contender",
+    "Ratio",
+    "Summary",
+    "capture",
+    "clock_for",
+    "measure",
+    "ratio",
+    "summarise",
+]
+
+_BLOCK_SECONDS = 5e-3  # a block of repeats lasts at least this long, far above a clock's resolution
+_MAX_REPEATS = 1000
+_MIN_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is timed.
+
+    Attributes:
+      name: key of the results.
+      call: the timed call.
+      reset: run before every call and not timed, for a call that consumes its input.
+    """
+
+    name: str
+    call: Callable[[], object]
+    reset: Callable[[], object] | None = None
+
+
+class Clock(Protocol):
+    """How one device measures time."""
+
+    def seconds(self, call: Callable[[], object], repeats: int) -> float:
+        """Duration of `repeats` calls."""
+
+    def settle(self) -> None:
+        """Wait until what came before no longer disturbs."""
+
+
+class _HostClock:
+    # OpenMP's threads spin for some milliseconds after a parallel region and would take the cores
+    # from the next contender's own threads.
+    settle_seconds = 0.01
+
+    def seconds(self, call: Callable[[], object], repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return time.perf_counter() - start
+
+    def settle(self) -> None:
+        time.sleep(self.settle_seconds)
+
+
+class _CudaClock:
+    def seconds(self, call: Callable[[], object], repeats: int) -> float:
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record()
+        for _ in range(repeats):
+            call()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1e3
+
+    def settle(self) -> None:
+        torch.cuda.synchronize()
+
+
+def clock_for(device: torch.device) -> Clock:
+    """CUDA events on CUDA, the monotonic clock elsewhere."""
+    return _CudaClock() if device.type == "cuda" else _HostClock()
+
+
+def capture(call: Callable[[], object]) -> Callable[[], object]:
+    """The replay of `call` as a CUDA graph."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()  # first calls set up state that must not be part of the graph
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    replay: Callable[[], object] = graph.replay
+    return replay
+
+
+def _time_block(contender: Contender, clock: Clock, repeats: int) -> float:
+    """Seconds per call over one block of repeats."""
+    clock.settle()
+    if contender.reset is not None:
+        total = 0.0
+        for _ in range(repeats):
+            contender.reset()
+            total += clock.seconds(contender.call, 1)
+        return total / repeats
+    if repeats > 1:
+        # Short calls are timed as in a loop of their own, not with the caches that the contender
+        # before them left behind.
+        contender.call()
+    return clock.seconds(contender.call, repeats) / repeats
+
+
+def measure(
+    contenders: Sequence[Contender], clock: Clock, *, rounds: int, budget_seconds: float
+) -> dict[str, list[float]]:
+    """Seconds per call of every contender in every round.
+
+    Args:
+      contenders: timed in turn; each round starts with another one.
+      clock: the device's clock.
+      rounds: at most so many rounds.
+      budget_seconds: fewer rounds, but at least 5 (or `rounds`), where they would take longer.
+
+    Returns:
+      One list per contender; entry r of every list was taken in the same round.
+    """
+    repeats = {}
+    round_seconds = 0.0
+    for contender in contenders:
+        _time_block(contender, clock, 1)
+        once = _time_block(contender, clock, 1)
+        count = min(_MAX_REPEATS, max(1, math.ceil(_BLOCK_SECONDS / max(once, 1e-9))))
+        repeats[contender.name] = count
+        round_seconds += once * count
+    affordable = int(budget_seconds / max(round_seconds, 1e-9))
+    rounds = min(rounds, max(_MIN_ROUNDS, affordable))
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for turn in range(rounds):
+        first = turn % len(contenders)
+        for contender in [*contenders[first:], *contenders[:first]]:
+            times[contender.name].append(_time_block(contender, clock, repeats[contender.name]))
+    return times
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Seconds per call over all rounds; spread is the interquartile range over the median."""
+
+    median: float
+    min: float
+    max: float
+    spread: float
+    rounds: int
+
+
+def summarise(times: Sequence[float]) -> Summary:
+    """Median, range and spread of one contender."""
+    median = statistics.median(times)
+    if len(times) > 1:
+        low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    else:
+        low = high = median
+    return Summary(median, min(times), max(times), (high - low) / median, len(times))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two times: the median over the rounds, which is quoted, and that of medians."""
+
+    median_of_rounds: float
+    of_medians: float
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
+    """Ratio of two lists of equal rounds."""
+    return Ratio(
+        statistics.median(n / d for n, d in zip(numerator, denominator, strict=True)),
+        statistics.median(numerator) / statistics.median(denominator),
+    )

@@ -1,0 +1,25 @@
+"""The command `dpfast`."""
+
+from __future__ import annotations
+
+import typer
+
+from dpfast.cli.doctor import doctor
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    help="Fast per-sample differential privacy for PyTorch.", no_args_is_help=True,
+    add_completion=False,
+)  # fmt: skip
+app.command()(doctor)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep `dpfast doctor` a subcommand while it is the only one."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
