@@ -39,8 +39,9 @@ void bind_noise(py::module_& module) {
       "chacha20_block",
       [](const Key& key, std::uint32_t counter, const std::array<std::uint32_t, 3>& nonce) {
         std::array<std::uint32_t, math::kChaChaWords> words{};
+        math::Nothing nothing;
         math::chacha20_block<math::ScalarOps>(key.data(), counter, nonce[0], nonce[1], nonce[2],
-                                              words.data());
+                                              words.data(), nothing);
         return words;
       },
       py::arg("key"), py::arg("counter"), py::arg("nonce"));

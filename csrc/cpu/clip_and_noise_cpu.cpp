@@ -26,7 +26,8 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 // (256 KB) stay in L2.
 constexpr std::int64_t kSpanChunks = 16;
 constexpr std::int64_t kMaxSpan = 32768;
-constexpr std::int64_t kRowSlab = 256;  // row pointers gathered at once
+constexpr std::int64_t kRowSlab = 256;     // row pointers gathered at once
+constexpr std::int64_t kNoiseBlock = 8192;  // columns of noise made while 8 rows of them arrive
 
 // Columns [start, start + length) of one tensor.
 struct Run {
@@ -229,28 +230,20 @@ Release prepare_release(const ClipAndNoise& call) {
 // The two output precisions, as the kernels name them.
 struct Single {
   using Out = float;
-  static void noise(const Release& release, std::int64_t tensor, std::int64_t group,
-                    math::Mechanism mechanism, Out* out) {
-    kernels().noise_single(release.stream, static_cast<std::uint32_t>(tensor), group, mechanism,
-                           out);
-  }
+  static constexpr auto kNoise = &Kernels::noise_single;
   static constexpr auto kStart = &Kernels::start_single;
   static constexpr auto kFinish = &Kernels::finish_single;
 };
 
 struct Double {
   using Out = double;
-  static void noise(const Release& release, std::int64_t tensor, std::int64_t group,
-                    math::Mechanism mechanism, Out* out) {
-    kernels().noise_double(release.stream, static_cast<std::uint32_t>(tensor), group, mechanism,
-                           out);
-  }
+  static constexpr auto kNoise = &Kernels::noise_double;
   static constexpr auto kStart = &Kernels::start_double;
   static constexpr auto kFinish = &Kernels::finish_double;
 };
 
-// Sums, noise and output of one run. The noise of 256 columns is computed while the first rows of
-// these columns are on their way from memory: arithmetic and memory work at the same time.
+// Sums, noise and output of one run. The noise of a block is computed while the first rows of its
+// columns are on their way from memory: arithmetic and memory work at the same time.
 template <class Precision>
 void sum_task(const ClipAndNoise& call, const double* all_weights, const Release& release,
               const Run& run) {
@@ -279,19 +272,16 @@ void sum_task(const ClipAndNoise& call, const double* all_weights, const Release
   };
 
   const std::int64_t first_rows = gather(kRowsPerPass);
-  alignas(64) Out noise[math::kNoiseGroup];
-  for (std::int64_t first = 0; first < run.length; first += math::kNoiseGroup) {
-    const std::int64_t count = std::min<std::int64_t>(math::kNoiseGroup, run.length - first);
-    if (noisy) {
-      const std::int64_t begin = first * item_size(tensor.dtype);
-      for (std::int64_t r = 0; r < first_rows; ++r) {
-        const char* row = static_cast<const char*>(rows[r]) + begin;
-        for (std::int64_t b = 0; b < count * item_size(tensor.dtype); b += 64) {
-          __builtin_prefetch(row + b);
-        }
-      }
-      Precision::noise(release, run.tensor, (run.start + first) / math::kNoiseGroup,
-                       call.mechanism, noise);
+  alignas(64) Out noise[kNoiseBlock];
+  for (std::int64_t first = 0; first < run.length; first += kNoiseBlock) {
+    const std::int64_t count = std::min(kNoiseBlock, run.length - first);
+    for (std::int64_t j = 0; noisy && j < count; j += math::kNoiseGroup) {
+      const std::int64_t end = std::min<std::int64_t>(j + math::kNoiseGroup, count);
+      const Prefetch wanted{rows, first_rows, (first + j) * item_size(tensor.dtype),
+                            (first + end) * item_size(tensor.dtype)};
+      (isa.*Precision::kNoise)(release.stream, static_cast<std::uint32_t>(run.tensor),
+                               (run.start + first + j) / math::kNoiseGroup, call.mechanism,
+                               wanted, noise + j);
     }
     (isa.*Precision::kStart)(noisy ? noise : nullptr, noisy ? release.scales[tensor.group] : 0.0,
                              call.accumulate ? out + first : nullptr, count, sums + first);
@@ -365,11 +355,11 @@ void fill_noise(const math::NoiseStream& stream, std::uint32_t tensor, math::Mec
     const std::int64_t wanted = std::min<std::int64_t>(math::kNoiseGroup, count - first);
     if (single != nullptr) {
       float noise[math::kNoiseGroup];
-      kernels().noise_single(stream, tensor, group, mechanism, noise);
+      kernels().noise_single(stream, tensor, group, mechanism, Prefetch{}, noise);
       std::copy(noise, noise + wanted, single + first);
     } else {
       double noise[math::kNoiseGroup];
-      kernels().noise_double(stream, tensor, group, mechanism, noise);
+      kernels().noise_double(stream, tensor, group, mechanism, Prefetch{}, noise);
       std::copy(noise, noise + wanted, dual + first);
     }
   });

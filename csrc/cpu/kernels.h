@@ -10,6 +10,14 @@
 
 namespace dpfast::cpu {
 
+// Memory to ask for while arithmetic runs: bytes [begin, end) of each row, in lines of 64.
+struct Prefetch {
+  const void* const* rows;
+  std::int64_t num_rows;
+  std::int64_t begin;
+  std::int64_t end;
+};
+
 // Rows that weighted_sum adds in one pass over the sums. More rows mean less traffic on the sums,
 // but more streams than the prefetchers follow, and rows a power of two apart share cache sets.
 constexpr std::int64_t kRowsPerPass = 8;
@@ -37,11 +45,13 @@ struct Kernels {
   void (*finish_single)(const double* sums, double factor, std::int64_t length, float* out);
   void (*finish_double)(const double* sums, double factor, std::int64_t length, double* out);
 
-  // Noise of elements [256 * group, 256 * group + 256) of a tensor, standard scale.
+  // Noise of elements [256 * group, 256 * group + 256) of a tensor, standard scale. In single
+  // precision the lines of `wanted` are asked for meanwhile, spread over the computation: a burst
+  // would fill the miss buffers and hold the arithmetic up.
   void (*noise_single)(const math::NoiseStream& stream, std::uint32_t tensor, std::int64_t group,
-                       math::Mechanism mechanism, float* out);
+                       math::Mechanism mechanism, const Prefetch& wanted, float* out);
   void (*noise_double)(const math::NoiseStream& stream, std::uint32_t tensor, std::int64_t group,
-                       math::Mechanism mechanism, double* out);
+                       math::Mechanism mechanism, const Prefetch& wanted, double* out);
 
   // Reads everything once: the machine's read bandwidth, for the benchmarks.
   std::uint64_t (*read_all)(const void* data, std::int64_t bytes);

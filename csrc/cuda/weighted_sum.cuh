@@ -27,10 +27,11 @@ struct SumTask {
 
 __device__ inline void noise_of_thread(const SumTask& task, std::uint32_t tensor,
                                        std::uint32_t block, float out[math::kChaChaWords]) {
+  math::Nothing nothing;
   if (task.mechanism == math::Mechanism::kGaussian) {
-    math::gaussian_block<math::ScalarOps>(task.release->stream, tensor, block, out);
+    math::gaussian_block<math::ScalarOps>(task.release->stream, tensor, block, out, nothing);
   } else {
-    math::laplace_block<math::ScalarOps>(task.release->stream, tensor, block, out);
+    math::laplace_block<math::ScalarOps>(task.release->stream, tensor, block, out, nothing);
   }
 }
 

@@ -30,12 +30,20 @@ DPFAST_HOST_DEVICE void quarter_round(U& a, U& b, U& c, U& d) {
   b = rotate_left(b ^ c, 7);
 }
 
+// What may be done between steps of the arithmetic: nothing, or (on the CPU) asking for memory.
+struct Nothing {
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+  void step() {}
+};
+
 // Words 0-3: the constant; 4-11: the key; 12: the block counter; 13-15: the nonce.
-template <class Ops>
+template <class Ops, class Between>
 DPFAST_HOST_DEVICE void chacha20_block(const std::uint32_t key[kChaChaKeyWords],
                                        typename Ops::U counter, std::uint32_t nonce0,
                                        std::uint32_t nonce1, std::uint32_t nonce2,
-                                       typename Ops::U out[kChaChaWords]) {
+                                       typename Ops::U out[kChaChaWords], Between& between) {
   using U = typename Ops::U;
   const U input[kChaChaWords] = {
       Ops::u(0x61707865u), Ops::u(0x3320646eu), Ops::u(0x79622d32u), Ops::u(0x6b206574u),
@@ -53,6 +61,7 @@ DPFAST_HOST_DEVICE void chacha20_block(const std::uint32_t key[kChaChaKeyWords],
     quarter_round(x[1], x[6], x[11], x[12]);
     quarter_round(x[2], x[7], x[8], x[13]);
     quarter_round(x[3], x[4], x[9], x[14]);
+    between.step();
   }
   for (int i = 0; i < kChaChaWords; ++i) out[i] = x[i] + input[i];
 }

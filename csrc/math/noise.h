@@ -36,12 +36,20 @@ struct NoiseStream {
   std::uint64_t step;
 };
 
+template <class Ops, class Between>
+DPFAST_HOST_DEVICE void noise_words(const NoiseStream& stream, std::uint32_t tensor,
+                                    typename Ops::U block, typename Ops::U words[kChaChaWords],
+                                    Between& between) {
+  chacha20_block<Ops>(stream.key, block, tensor, static_cast<std::uint32_t>(stream.step),
+                      static_cast<std::uint32_t>(stream.step >> 32), words, between);
+}
+
 template <class Ops>
 DPFAST_HOST_DEVICE void noise_words(const NoiseStream& stream, std::uint32_t tensor,
                                     typename Ops::U block,
                                     typename Ops::U words[kChaChaWords]) {
-  chacha20_block<Ops>(stream.key, block, tensor, static_cast<std::uint32_t>(stream.step),
-                      static_cast<std::uint32_t>(stream.step >> 32), words);
+  Nothing nothing;
+  noise_words<Ops>(stream, tensor, block, words, nothing);
 }
 
 // -ln(u) for u = (high + fraction) / 2^32, 0 < fraction <= 1.
@@ -101,14 +109,14 @@ DPFAST_HOST_DEVICE void circle_point(typename Ops::U word, typename Ops::F& firs
 }
 
 // 16 standard normals from the 16 words of a block, one block per lane.
-template <class Ops>
+template <class Ops, class Between>
 DPFAST_HOST_DEVICE void gaussian_block(const NoiseStream& stream, std::uint32_t tensor,
                                        typename Ops::U block,
-                                       typename Ops::F out[kChaChaWords]) {
+                                       typename Ops::F out[kChaChaWords], Between& between) {
   using F = typename Ops::F;
   using U = typename Ops::U;
   U words[kChaChaWords];
-  noise_words<Ops>(stream, tensor, block, words);
+  noise_words<Ops>(stream, tensor, block, words, between);
   U lowest = words[0];
   for (int p = 2; p < kChaChaWords; p += 2) lowest = Ops::minimum(lowest, words[p]);
   const bool extend = Ops::any_less(lowest, kExtensionBelow);  // once in 8,192 blocks
@@ -126,18 +134,19 @@ DPFAST_HOST_DEVICE void gaussian_block(const NoiseStream& stream, std::uint32_t 
     circle_point<Ops>(words[p + 1], first, second);
     out[p] = Ops::mul(radius, first);
     out[p + 1] = Ops::mul(radius, second);
+    between.step();
   }
 }
 
 // 16 standard Laplace samples (scale 1) from the 16 words of a block.
-template <class Ops>
+template <class Ops, class Between>
 DPFAST_HOST_DEVICE void laplace_block(const NoiseStream& stream, std::uint32_t tensor,
                                       typename Ops::U block,
-                                      typename Ops::F out[kChaChaWords]) {
+                                      typename Ops::F out[kChaChaWords], Between& between) {
   using F = typename Ops::F;
   using U = typename Ops::U;
   U words[kChaChaWords];
-  noise_words<Ops>(stream, tensor, block, words);
+  noise_words<Ops>(stream, tensor, block, words, between);
   U lowest = words[0];
   for (int i = 1; i < kChaChaWords; ++i) lowest = Ops::minimum(lowest, words[i]);
   const bool extend = Ops::any_less(lowest, kExtensionBelow);  // once in 4,096 blocks
@@ -152,6 +161,7 @@ DPFAST_HOST_DEVICE void laplace_block(const NoiseStream& stream, std::uint32_t t
     }
     const F magnitude = negative_log<Ops>(words[i] & Ops::u(~1u), fraction);
     out[i] = Ops::as_float(Ops::as_uint(magnitude) ^ (words[i] << 31));
+    between.step();
   }
 }
 

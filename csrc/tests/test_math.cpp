@@ -21,7 +21,8 @@ void chacha20_matches_rfc8439() {
                                       0x466482d2, 0x09aa9f07, 0x05d7c214, 0xa2028bd9,
                                       0xd19c12b5, 0xb94e16de, 0xe883d0cb, 0x4e3c50a2};
   std::uint32_t words[16];
-  math::chacha20_block<math::ScalarOps>(key, 1, 0x09000000u, 0x4a000000u, 0, words);
+  math::Nothing nothing;
+  math::chacha20_block<math::ScalarOps>(key, 1, 0x09000000u, 0x4a000000u, 0, words, nothing);
   for (int i = 0; i < 16; ++i) DPFAST_CHECK(words[i] == expected[i]);
 }
 
