@@ -28,8 +28,8 @@ void run_cpu(const std::vector<TensorTuple>& tensors, const py::dict& settings, 
 }
 
 #if defined(DPFAST_WITH_CUDA)
-void run_cuda(const std::vector<TensorTuple>& tensors, const py::dict& settings,
-              int device, std::uint64_t stream) {
+void run_cuda(const std::vector<TensorTuple>& tensors, const py::dict& settings, int device,
+              std::uint64_t stream) {
   CallArguments arguments;
   read_tensors(tensors, arguments);
   read_settings(settings, arguments);
@@ -44,9 +44,7 @@ void bind_clip_and_noise(py::module_& module) {
   module.def(
       "cpu_workspace_bytes",
       [](const std::vector<std::int64_t>& numels, std::int64_t rows, std::int64_t units,
-         int groups) {
-        return cpu::workspace_bytes(total_chunks(numels), rows, units, groups);
-      },
+         int groups) { return cpu::workspace_bytes(total_chunks(numels), rows, units, groups); },
       py::arg("numels"), py::arg("num_rows"), py::arg("num_units"), py::arg("num_groups"));
   module.def("clip_and_noise_cpu", &run_cpu, py::arg("tensors"), py::arg("settings"),
              py::arg("num_threads"));
@@ -54,9 +52,7 @@ void bind_clip_and_noise(py::module_& module) {
   module.def(
       "cuda_workspace_bytes",
       [](const std::vector<std::int64_t>& numels, std::int64_t rows, std::int64_t units,
-         int groups) {
-        return cuda::workspace_bytes(total_chunks(numels), rows, units, groups);
-      },
+         int groups) { return cuda::workspace_bytes(total_chunks(numels), rows, units, groups); },
       py::arg("numels"), py::arg("num_rows"), py::arg("num_units"), py::arg("num_groups"));
   module.def("clip_and_noise_cuda", &run_cuda, py::arg("tensors"), py::arg("settings"),
              py::arg("device"), py::arg("stream"));

@@ -21,8 +21,7 @@ T* pointer(std::uint64_t address) {
 }
 
 // (grad, out, row_stride, numel, dtype, group)
-using TensorTuple =
-    std::tuple<std::uint64_t, std::uint64_t, std::int64_t, std::int64_t, int, int>;
+using TensorTuple = std::tuple<std::uint64_t, std::uint64_t, std::int64_t, std::int64_t, int, int>;
 
 // Owns what ClipAndNoise points to on the host.
 struct CallArguments {
@@ -70,8 +69,8 @@ inline void read_settings(const py::dict& settings, CallArguments& arguments) {
   arguments.bounds = get("bounds").cast<std::vector<double>>();
   call.device_bounds = pointer<const double>(address("device_bounds"));
   call.given_norms = pointer<const double>(address("given_norms"));
-  call.margin = get("single_precision_norms").cast<bool>() ? math::kGivenSingleNormMargin
-                                                           : math::kNormMargin;
+  call.margin =
+      get("single_precision_norms").cast<bool>() ? math::kGivenSingleNormMargin : math::kNormMargin;
   call.custom_weights = pointer<const double>(address("custom_weights"));
   call.mechanism =
       static_cast<math::Mechanism>(checked_enum(get("mechanism").cast<int>(), 3, "mechanism"));
@@ -90,9 +89,9 @@ inline void read_settings(const py::dict& settings, CallArguments& arguments) {
   call.num_tensors = static_cast<std::int64_t>(arguments.tensors.size());
   const std::size_t groups = static_cast<std::size_t>(call.num_groups);
   call.bounds = arguments.bounds.size() == groups ? arguments.bounds.data() : nullptr;
-  call.group_noise_weights =
-      arguments.group_noise_weights.size() == groups ? arguments.group_noise_weights.data()
-                                                     : nullptr;
+  call.group_noise_weights = arguments.group_noise_weights.size() == groups
+                                 ? arguments.group_noise_weights.data()
+                                 : nullptr;
   const bool noisy = call.mechanism != math::Mechanism::kNone && call.noise_multiplier != 0.0;
   if (noisy && call.noise_state == nullptr) {
     throw std::invalid_argument("clip_and_noise: noise needs a noise state");

@@ -26,7 +26,7 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 // (256 KB) stay in L2.
 constexpr std::int64_t kSpanChunks = 16;
 constexpr std::int64_t kMaxSpan = 32768;
-constexpr std::int64_t kRowSlab = 256;     // row pointers gathered at once
+constexpr std::int64_t kRowSlab = 256;      // row pointers gathered at once
 constexpr std::int64_t kNoiseBlock = 8192;  // columns of noise made while 8 rows of them arrive
 
 // Columns [start, start + length) of one tensor.
@@ -65,9 +65,9 @@ std::vector<Run> cut(const ClipAndNoise& call, std::int64_t span) {
 template <class Task>
 void for_each(std::int64_t count, std::int64_t bytes, int num_threads, const Task& task) {
   if (bytes < kParallelBytes) num_threads = 1;
-  const std::int64_t per_task = std::max<std::int64_t>(
-      1, std::min(count / (4 * static_cast<std::int64_t>(num_threads)),
-                  count * kTaskBytes / std::max<std::int64_t>(bytes, 1)));
+  const std::int64_t per_task =
+      std::max<std::int64_t>(1, std::min(count / (4 * static_cast<std::int64_t>(num_threads)),
+                                         count * kTaskBytes / std::max<std::int64_t>(bytes, 1)));
   parallel_for((count + per_task - 1) / per_task, num_threads, [&](std::int64_t run) {
     const std::int64_t end = std::min(count, (run + 1) * per_task);
     for (std::int64_t i = run * per_task; i < end; ++i) task(i);
@@ -212,10 +212,9 @@ Release prepare_release(const ClipAndNoise& call) {
     total = math::add_group(total, call.threshold[g], group_weight(call, g), l1);
   }
   for (int g = 0; g < call.num_groups; ++g) {
-    release.scales.push_back(
-        call.num_groups == 1
-            ? call.noise_multiplier * call.threshold[0]
-            : math::noise_scale(total, group_weight(call, g), call.noise_multiplier, l1));
+    release.scales.push_back(call.num_groups == 1 ? call.noise_multiplier * call.threshold[0]
+                                                  : math::noise_scale(total, group_weight(call, g),
+                                                                      call.noise_multiplier, l1));
   }
   for (int i = 0; i < math::kChaChaKeyWords; ++i) {
     release.stream.key[i] = static_cast<std::uint32_t>(
@@ -264,9 +263,8 @@ void sum_task(const ClipAndNoise& call, const double* all_weights, const Release
     for (; next < call.num_rows && gathered < wanted; ++next) {
       if (row_weights[next] == 0.0) continue;  // dropped rows may hold NaN: never multiplied
       rows[gathered] = cell(tensor, next, run.start);
-      weights[gathered++] = tensor.dtype == DType::kFloat64
-                                ? row_weights[next]
-                                : math::short_weight(row_weights[next]);
+      weights[gathered++] = tensor.dtype == DType::kFloat64 ? row_weights[next]
+                                                            : math::short_weight(row_weights[next]);
     }
     return gathered;
   };
@@ -280,8 +278,8 @@ void sum_task(const ClipAndNoise& call, const double* all_weights, const Release
       const Prefetch wanted{rows, first_rows, (first + j) * item_size(tensor.dtype),
                             (first + end) * item_size(tensor.dtype)};
       (isa.*Precision::kNoise)(release.stream, static_cast<std::uint32_t>(run.tensor),
-                               (run.start + first + j) / math::kNoiseGroup, call.mechanism,
-                               wanted, noise + j);
+                               (run.start + first + j) / math::kNoiseGroup, call.mechanism, wanted,
+                               noise + j);
     }
     (isa.*Precision::kStart)(noisy ? noise : nullptr, noisy ? release.scales[tensor.group] : 0.0,
                              call.accumulate ? out + first : nullptr, count, sums + first);
@@ -318,8 +316,8 @@ void take_sums(const ClipAndNoise& call, const Workspace& workspace, const Relea
 
 }  // namespace
 
-std::int64_t workspace_bytes(std::int64_t num_chunks, std::int64_t num_rows,
-                             std::int64_t num_units, int num_groups) {
+std::int64_t workspace_bytes(std::int64_t num_chunks, std::int64_t num_rows, std::int64_t num_units,
+                             int num_groups) {
   return static_cast<std::int64_t>(sizeof(double)) *
          (num_chunks * num_units + static_cast<std::int64_t>(num_groups) * num_rows);
 }

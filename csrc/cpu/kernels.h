@@ -36,8 +36,8 @@ struct Kernels {
                        std::int64_t offset, std::int64_t length, DType dtype, double* sums);
 
   // sums[j] = scale * noise[j] + previous[j]; either may be null, and is then left out.
-  void (*start_single)(const float* noise, double scale, const float* previous,
-                       std::int64_t length, double* sums);
+  void (*start_single)(const float* noise, double scale, const float* previous, std::int64_t length,
+                       double* sums);
   void (*start_double)(const double* noise, double scale, const double* previous,
                        std::int64_t length, double* sums);
 

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kBlocksPerProcessor = 16;  // grid-stride loops take the rest
 constexpr int kStoreThreads = 128;
-constexpr int kValuesPerLaunch = 400;    // doubles in kernel parameters, below 4 KB
+constexpr int kValuesPerLaunch = 400;  // doubles in kernel parameters, below 4 KB
 
 struct Values {
   double values[kValuesPerLaunch];
@@ -82,9 +82,9 @@ class Launcher {
     for (std::int64_t k = 0; k < call_.num_tensors; ++k) {
       const Tensor& tensor = call_.tensors[k];
       if (tensor.dtype != dtype) continue;
-      batch.slices[batch.count++] = {tensor.grad,     tensor.out,       tensor.row_stride,
-                                     tensor.numel,    first_chunk_[k],  batch.num_tiles,
-                                     tensor.group,    static_cast<std::uint32_t>(k)};
+      batch.slices[batch.count++] = {
+          tensor.grad,     tensor.out,      tensor.row_stride, tensor.numel,
+          first_chunk_[k], batch.num_tiles, tensor.group,      static_cast<std::uint32_t>(k)};
       batch.num_tiles += (tensor.numel + tile_columns - 1) / tile_columns;
       if (batch.count == kTensorsPerLaunch) {
         launch(batch);
@@ -107,8 +107,9 @@ class Launcher {
     if (call_.num_units == 0) return;
     const NormTask task{call_.num_units,  first_chunk_.back(), call_.row_order,
                         call_.unit_start, call_.norm,          workspace.parts};
-    const TotalTask total{workspace.parts,    call_.num_units, first_chunk_.back(),
-                          call_.unit_start,   call_.average_rows, call_.norm, call_.norms};
+    const TotalTask total{workspace.parts,  call_.num_units,    first_chunk_.back(),
+                          call_.unit_start, call_.average_rows, call_.norm,
+                          call_.norms};
     constexpr int kWarps = kNormThreads / kWarp;
     for_each_dtype([&](DType dtype, auto sample) {
       for_each_batch(dtype, kChunk, [&](const TensorBatch& batch) {
@@ -196,8 +197,8 @@ class Launcher {
                        call_.accumulate};
     for_each_dtype([&](DType dtype, auto sample) {
       for_each_batch(dtype, kTile, [&](const TensorBatch& batch) {
-        launch("weighted_sum_kernel", weighted_sum_kernel<decltype(sample)>,
-               grid(batch.num_tiles), kSumThreads, stream_, batch, task);
+        launch("weighted_sum_kernel", weighted_sum_kernel<decltype(sample)>, grid(batch.num_tiles),
+               kSumThreads, stream_, batch, task);
       });
     });
   }
@@ -210,8 +211,8 @@ class Launcher {
 
 }  // namespace
 
-std::int64_t workspace_bytes(std::int64_t num_chunks, std::int64_t num_rows,
-                             std::int64_t num_units, int num_groups) {
+std::int64_t workspace_bytes(std::int64_t num_chunks, std::int64_t num_rows, std::int64_t num_units,
+                             int num_groups) {
   const std::int64_t groups = num_groups;
   return static_cast<std::int64_t>(sizeof(double)) *
              (num_chunks * num_units + groups * num_rows + 3 * groups) +

@@ -12,14 +12,16 @@ constexpr int kTotalThreads = 512;
 
 struct NormTask {
   std::int64_t num_units;
-  std::int64_t num_chunks;          // of the whole call
-  const std::int64_t* row_order;    // null: unit u is row u
+  std::int64_t num_chunks;        // of the whole call
+  const std::int64_t* row_order;  // null: unit u is row u
   const std::int64_t* unit_start;
   Norm norm;
-  double* parts;                    // [U, chunks]
+  double* parts;  // [U, chunks]
 };
 
-__device__ inline double measure(double x, Norm norm) { return norm == Norm::kL2 ? x * x : fabs(x); }
+__device__ inline double measure(double x, Norm norm) {
+  return norm == Norm::kL2 ? x * x : fabs(x);
+}
 
 __device__ inline double warp_sum(double x) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
@@ -110,13 +112,13 @@ __global__ void __launch_bounds__(kNormThreads)
 }
 
 struct TotalTask {
-  const double* parts;            // [U, chunks]
+  const double* parts;  // [U, chunks]
   std::int64_t num_units;
   std::int64_t num_chunks;
   const std::int64_t* unit_start;
   bool average_rows;
   Norm norm;
-  double* norms;                  // [G, U]
+  double* norms;  // [G, U]
 };
 
 __device__ inline double finish_norm(const TotalTask& task, std::int64_t unit, double sum) {

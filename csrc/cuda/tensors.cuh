@@ -19,7 +19,7 @@ struct TensorSlice {
   std::int64_t first_chunk;  // of this tensor, among all chunks of the call
   std::int64_t first_tile;   // of this tensor, among the tiles of this launch
   std::int32_t group;
-  std::uint32_t index;       // of this tensor, in the noise's nonce
+  std::uint32_t index;  // of this tensor, in the noise's nonce
 };
 
 // Kernel parameters hold 4 KB, and 32,764 bytes from CUDA 12.1 on: hundreds of small tensors go

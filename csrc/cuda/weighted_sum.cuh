@@ -61,10 +61,10 @@ __device__ inline void fill_noise(const SumTask& task, std::uint32_t tensor, std
   const int lane = threadIdx.x % math::kNoiseLanes;
   if (group * math::kNoiseGroup >= length) return;
   Out samples[math::kChaChaWords];
-  noise_of_thread(task, tensor,
-                  static_cast<std::uint32_t>(
-                      (start / math::kNoiseGroup + group) * math::kNoiseLanes + lane),
-                  samples);
+  noise_of_thread(
+      task, tensor,
+      static_cast<std::uint32_t>((start / math::kNoiseGroup + group) * math::kNoiseLanes + lane),
+      samples);
 #pragma unroll
   for (int w = 0; w < math::kChaChaWords; ++w) {
     noise[group * kPaddedGroup + w * math::kNoiseLanes + lane] = samples[w];
@@ -76,8 +76,7 @@ using Columns = Pack<T, kPackColumns>;
 
 // A weight of exactly 0 marks a dropped row: it may hold NaN, so it is never multiplied.
 template <class T>
-__device__ inline void add_columns(const Columns<T>& x, double weight,
-                                   double sums[kPackColumns]) {
+__device__ inline void add_columns(const Columns<T>& x, double weight, double sums[kPackColumns]) {
   if (weight == 0.0) return;
 #pragma unroll
   for (int v = 0; v < kPackColumns; ++v) sums[v] += weight * to_double(x.values[v]);
@@ -101,8 +100,7 @@ __device__ inline Columns<T> load_columns(const T* row, std::int64_t column, std
 // A whole, aligned tile: 16 loads of up to 16 bytes in flight a thread, no bounds to check.
 template <class T>
 __device__ inline void add_whole_rows(const T* top, std::int64_t row_stride, int rows,
-                                      const double* weights,
-                                      double sums[kPacks][kPackColumns]) {
+                                      const double* weights, double sums[kPacks][kPackColumns]) {
   const T* mine = top + threadIdx.x * kPackColumns;
   int r = 0;
   for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) {
@@ -141,8 +139,7 @@ __device__ inline void add_ragged_rows(const T* top, std::int64_t row_stride, in
     for (int p = 0; p < kPacks; ++p) {
       const std::int64_t column = (p * kSumThreads + threadIdx.x) * kPackColumns;
       if (column >= length) continue;
-      add_columns(load_columns(top + r * row_stride, column, length, aligned), weights[r],
-                  sums[p]);
+      add_columns(load_columns(top + r * row_stride, column, length, aligned), weights[r], sums[p]);
     }
   }
 }
@@ -178,8 +175,8 @@ __global__ void __launch_bounds__(kSumThreads)
         weights[t] = sizeof(T) == sizeof(double) ? weight : math::short_weight(weight);
       }
       __syncthreads();
-      const int rows = static_cast<int>(
-          task.num_rows - first < kSumThreads ? task.num_rows - first : kSumThreads);
+      const int rows = static_cast<int>(task.num_rows - first < kSumThreads ? task.num_rows - first
+                                                                            : kSumThreads);
       const T* top = grad + first * slice.row_stride;
       if (aligned && length == kTile) {
         add_whole_rows(top, slice.row_stride, rows, weights, sums);
@@ -202,8 +199,8 @@ __global__ void __launch_bounds__(kSumThreads)
         double value = sums[p][v];
         if (task.accumulate) value += static_cast<double>(out[c]);
         if (task.mechanism != math::Mechanism::kNone) {
-          value += scale * static_cast<double>(noise[c / math::kNoiseGroup * kPaddedGroup +
-                                                     c % math::kNoiseGroup]);
+          value += scale * static_cast<double>(
+                               noise[c / math::kNoiseGroup * kPaddedGroup + c % math::kNoiseGroup]);
         }
         out[c] = static_cast<Out>(value * factor);
       }

@@ -24,22 +24,22 @@ struct WeightTask {
   math::Clipping clipping;
   double stability;
   double percentile;
-  double single_bound;            // where bounds is null
-  const double* bounds;           // [G]
-  const double* norms_in;         // [G, U], may be norms
+  double single_bound;     // where bounds is null
+  const double* bounds;    // [G]
+  const double* norms_in;  // [G, U], may be norms
   double margin;
-  const double* custom_weights;   // [U] or null
-  double noise_multiplier;        // 0: no noise
-  const double* noise_weights;    // [G] or null for 1
+  const double* custom_weights;  // [U] or null
+  double noise_multiplier;       // 0: no noise
+  const double* noise_weights;   // [G] or null for 1
   bool proportional_noise;
   bool noise_l1;
   std::int64_t* noise_state;
   double divisor;
-  double* threshold;              // [G]
-  double* norms;                  // [G, U]
+  double* threshold;  // [G]
+  double* norms;      // [G, U]
   std::int64_t* nonfinite;
-  double* row_weights;            // [G, B]
-  double* scales;                 // [G]
+  double* row_weights;  // [G, B]
+  double* scales;       // [G]
   Release* release;
 };
 
@@ -112,20 +112,20 @@ __device__ inline void prepare_release(const WeightTask& task, double percentile
   bool usable = task.unit_count == nullptr || *task.unit_count <= task.num_units;
   double total = 0.0;
   for (int g = 0; g < task.num_groups; ++g) {
-    const double bound = task.percentile >= 0.0 ? percentile_threshold
+    const double bound = task.percentile >= 0.0   ? percentile_threshold
                          : task.bounds == nullptr ? task.single_bound
                                                   : task.bounds[g];
     // A percentile may be 0 (all norms are); a given bound may not.
     usable = usable && is_finite(bound) && (bound > 0.0 || task.percentile >= 0.0);
     task.threshold[g] = bound;
-    const double gamma = task.proportional_noise        ? bound
+    const double gamma = task.proportional_noise         ? bound
                          : task.noise_weights == nullptr ? 1.0
                                                          : task.noise_weights[g];
     total = math::add_group(total, bound, gamma, task.noise_l1);
   }
   for (int g = 0; g < task.num_groups; ++g) {
     const double bound = task.threshold[g];
-    const double gamma = task.proportional_noise        ? bound
+    const double gamma = task.proportional_noise         ? bound
                          : task.noise_weights == nullptr ? 1.0
                                                          : task.noise_weights[g];
     task.scales[g] = task.num_groups == 1
@@ -145,8 +145,7 @@ __device__ inline void prepare_release(const WeightTask& task, double percentile
 
 __global__ void __launch_bounds__(kWeightThreads) weights_kernel(const WeightTask task) {
   __shared__ int shared[256];
-  const double percentile_threshold =
-      task.percentile >= 0.0 ? percentile_of(task, shared) : 0.0;
+  const double percentile_threshold = task.percentile >= 0.0 ? percentile_of(task, shared) : 0.0;
   if (threadIdx.x == 0) prepare_release(task, percentile_threshold);
   __syncthreads();
 
@@ -169,9 +168,9 @@ __global__ void __launch_bounds__(kWeightThreads) weights_kernel(const WeightTas
       double weight = 0.0;
       if (keep) {
         const double custom = task.custom_weights == nullptr ? 0.0 : task.custom_weights[u];
-        weight = math::clipping_weight(task.clipping, task.norms_in[g * task.num_units + u],
-                                       task.threshold[g] * (1.0 - task.margin), task.stability,
-                                       custom);
+        weight =
+            math::clipping_weight(task.clipping, task.norms_in[g * task.num_units + u],
+                                  task.threshold[g] * (1.0 - task.margin), task.stability, custom);
         if (task.average_rows) weight /= static_cast<double>(rows_of_unit(task, u));
       }
       task.row_weights[g * task.num_rows + b] = weight;

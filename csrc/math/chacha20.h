@@ -35,7 +35,8 @@ struct Nothing {
 #if defined(__CUDACC__)
   __host__ __device__
 #endif
-  void step() {}
+      void step() {
+  }
 };
 
 // Words 0-3: the constant; 4-11: the key; 12: the block counter; 13-15: the nonce.
@@ -45,11 +46,22 @@ DPFAST_HOST_DEVICE void chacha20_block(const std::uint32_t key[kChaChaKeyWords],
                                        std::uint32_t nonce1, std::uint32_t nonce2,
                                        typename Ops::U out[kChaChaWords], Between& between) {
   using U = typename Ops::U;
-  const U input[kChaChaWords] = {
-      Ops::u(0x61707865u), Ops::u(0x3320646eu), Ops::u(0x79622d32u), Ops::u(0x6b206574u),
-      Ops::u(key[0]),      Ops::u(key[1]),      Ops::u(key[2]),      Ops::u(key[3]),
-      Ops::u(key[4]),      Ops::u(key[5]),      Ops::u(key[6]),      Ops::u(key[7]),
-      counter,             Ops::u(nonce0),      Ops::u(nonce1),      Ops::u(nonce2)};
+  const U input[kChaChaWords] = {Ops::u(0x61707865u),
+                                 Ops::u(0x3320646eu),
+                                 Ops::u(0x79622d32u),
+                                 Ops::u(0x6b206574u),
+                                 Ops::u(key[0]),
+                                 Ops::u(key[1]),
+                                 Ops::u(key[2]),
+                                 Ops::u(key[3]),
+                                 Ops::u(key[4]),
+                                 Ops::u(key[5]),
+                                 Ops::u(key[6]),
+                                 Ops::u(key[7]),
+                                 counter,
+                                 Ops::u(nonce0),
+                                 Ops::u(nonce1),
+                                 Ops::u(nonce2)};
   U x[kChaChaWords];
   for (int i = 0; i < kChaChaWords; ++i) x[i] = input[i];
   for (int round = 0; round < kChaChaDoubleRounds; ++round) {

@@ -55,12 +55,12 @@ struct ClipAndNoise {
   math::Clipping clipping;
   double stability;
   Norm norm;
-  double percentile;                  // threshold from this batch's norms; negative: not asked
-  const double* bounds;               // [G] on the host, or null
-  const double* device_bounds;        // [G] where the kernels run, or null
-  const double* given_norms;          // [G, U] or null
-  double margin;                      // slack for the norm's rounding
-  const double* custom_weights;       // [U] or null
+  double percentile;             // threshold from this batch's norms; negative: not asked
+  const double* bounds;          // [G] on the host, or null
+  const double* device_bounds;   // [G] where the kernels run, or null
+  const double* given_norms;     // [G, U] or null
+  double margin;                 // slack for the norm's rounding
+  const double* custom_weights;  // [U] or null
   math::Mechanism mechanism;
   double noise_multiplier;
   const double* group_noise_weights;  // [G] on the host, or null for 1

@@ -46,27 +46,26 @@ DPFAST_HOST_DEVICE void noise_words(const NoiseStream& stream, std::uint32_t ten
 
 template <class Ops>
 DPFAST_HOST_DEVICE void noise_words(const NoiseStream& stream, std::uint32_t tensor,
-                                    typename Ops::U block,
-                                    typename Ops::U words[kChaChaWords]) {
+                                    typename Ops::U block, typename Ops::U words[kChaChaWords]) {
   Nothing nothing;
   noise_words<Ops>(stream, tensor, block, words, nothing);
 }
 
 // -ln(u) for u = (high + fraction) / 2^32, 0 < fraction <= 1.
 template <class Ops>
-DPFAST_HOST_DEVICE typename Ops::F negative_log(typename Ops::U high,
-                                                typename Ops::F fraction) {
+DPFAST_HOST_DEVICE typename Ops::F negative_log(typename Ops::U high, typename Ops::F fraction) {
   using F = typename Ops::F;
   using U = typename Ops::U;
   const std::uint32_t sqrt_half_bits = 0x3f3504f3u;
-  const U near_one = Ops::u(0xb504f334u);  // sqrt(1/2) * 2^32
+  const U near_one = Ops::u(0xb504f334u);                   // sqrt(1/2) * 2^32
   const F value = Ops::add(Ops::to_float(high), fraction);  // u * 2^32
   // u = 2^(exponent - 32) * mantissa with the mantissa in [sqrt(1/2), sqrt(2)).
   const U bits = Ops::as_uint(value);
   const U exponent = Ops::arithmetic_shift_right(bits - Ops::u(sqrt_half_bits), 23);
   const F mantissa = Ops::as_float(bits - (exponent << 23));
   // Near u = 1 the difference u - 1 is taken from the integers, where it is exact.
-  const F complement = Ops::add(Ops::to_float(~high), Ops::fma(fraction, Ops::f(-1.0f), Ops::f(1.0f)));
+  const F complement =
+      Ops::add(Ops::to_float(~high), Ops::fma(fraction, Ops::f(-1.0f), Ops::f(1.0f)));
   const F f = Ops::if_less(high, near_one, Ops::add(mantissa, Ops::f(-1.0f)),
                            Ops::mul(complement, Ops::f(-0x1p-32f)));
   const F octaves =
@@ -111,8 +110,8 @@ DPFAST_HOST_DEVICE void circle_point(typename Ops::U word, typename Ops::F& firs
 // 16 standard normals from the 16 words of a block, one block per lane.
 template <class Ops, class Between>
 DPFAST_HOST_DEVICE void gaussian_block(const NoiseStream& stream, std::uint32_t tensor,
-                                       typename Ops::U block,
-                                       typename Ops::F out[kChaChaWords], Between& between) {
+                                       typename Ops::U block, typename Ops::F out[kChaChaWords],
+                                       Between& between) {
   using F = typename Ops::F;
   using U = typename Ops::U;
   U words[kChaChaWords];
@@ -141,8 +140,8 @@ DPFAST_HOST_DEVICE void gaussian_block(const NoiseStream& stream, std::uint32_t 
 // 16 standard Laplace samples (scale 1) from the 16 words of a block.
 template <class Ops, class Between>
 DPFAST_HOST_DEVICE void laplace_block(const NoiseStream& stream, std::uint32_t tensor,
-                                      typename Ops::U block,
-                                      typename Ops::F out[kChaChaWords], Between& between) {
+                                      typename Ops::U block, typename Ops::F out[kChaChaWords],
+                                      Between& between) {
   using F = typename Ops::F;
   using U = typename Ops::U;
   U words[kChaChaWords];

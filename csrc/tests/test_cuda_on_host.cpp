@@ -252,13 +252,13 @@ void cuda_equals_cpu(int trial) {
   for (const Tensor& tensor : problem.tensors) chunks += count_chunks(tensor.numel);
   const ClipAndNoise& call = problem.call;
   cpu::Status status = cpu::Status::kOk;
-  const Result on_cpu = solve(
-      problem, cpu::workspace_bytes(chunks, call.num_rows, call.num_units, call.num_groups),
-      [&](const ClipAndNoise& ready) { status = cpu::clip_and_noise(ready, 2); });
+  const Result on_cpu =
+      solve(problem, cpu::workspace_bytes(chunks, call.num_rows, call.num_units, call.num_groups),
+            [&](const ClipAndNoise& ready) { status = cpu::clip_and_noise(ready, 2); });
   emulation::backwards = trial % 2 == 1;
-  const Result on_gpu = solve(
-      problem, cuda::workspace_bytes(chunks, call.num_rows, call.num_units, call.num_groups),
-      [&](const ClipAndNoise& ready) { cuda::clip_and_noise(ready, 0, nullptr); });
+  const Result on_gpu =
+      solve(problem, cuda::workspace_bytes(chunks, call.num_rows, call.num_units, call.num_groups),
+            [&](const ClipAndNoise& ready) { cuda::clip_and_noise(ready, 0, nullptr); });
   compare(problem, on_cpu, on_gpu, status, trial);
 }
 

@@ -40,8 +40,8 @@ void weights_never_exceed_the_bound() {
       const double stability = std::pow(10.0, exponent(random) / 2.0);
       const double custom = off(random) * std::pow(10.0, exponent(random));
       const double computed = norm * (1.0 + off(random) * 0.5 * math::kNormMargin);
-      const double weight = math::clipping_weight(
-          rule, computed, bound * (1.0 - math::kNormMargin), stability, custom);
+      const double weight = math::clipping_weight(rule, computed, bound * (1.0 - math::kNormMargin),
+                                                  stability, custom);
       const long double size = std::fabs(static_cast<long double>(norm) * weight);
       DPFAST_CHECK(size <= static_cast<long double>(bound));
       DPFAST_CHECK(std::fabs(math::short_weight(weight)) <= std::fabs(weight));

@@ -9,9 +9,10 @@ from dpfast.cli.doctor import doctor
 __all__ = ["main"]
 
 app = typer.Typer(
-    help="Fast per-sample differential privacy for PyTorch.", no_args_is_help=True,
+    help="Fast per-sample differential privacy for PyTorch.",
+    no_args_is_help=True,
     add_completion=False,
-)  # fmt: skip
+)
 app.command()(doctor)
 
 

@@ -73,8 +73,9 @@ def _clip_checks(device: torch.device) -> Iterator[Check]:
 def _noise_checks(device: torch.device) -> Iterator[Check]:
     key, count = bytes(range(32)), 4096
     words = [int.from_bytes(key[i : i + 4], "little") for i in range(0, 32, 4)]
-    for mechanism, dtype in itertools.product(("gaussian", "laplace"), (torch.float32,
-                                                                       torch.float64)):  # fmt: skip
+    for mechanism, dtype in itertools.product(
+        ("gaussian", "laplace"), (torch.float32, torch.float64)
+    ):
         name = f"noise {mechanism} {str(dtype).removeprefix('torch.')} {device.type}"
         if device.type == "cpu":
             got = _native.fill_noise(words, 3, 1, mechanism, count, dtype=dtype)
@@ -109,7 +110,9 @@ def _rfc8439() -> Check:
     return Check("ChaCha20 RFC 8439", passed, "section 2.3.2 vector")
 
 
-def _guarded(checks: Callable[[torch.device], Iterator[Check]], device: torch.device) -> list[Check]:
+def _guarded(
+    checks: Callable[[torch.device], Iterator[Check]], device: torch.device
+) -> list[Check]:
     try:
         return list(checks(device))
     except RuntimeError as error:

@@ -136,9 +136,9 @@ def _run(
         custom_weights=_contiguous_float64(custom_weights),
         noise_state=noise_state if noisy else None,
     )
-    rows = [g.resolve_neg().reshape(num_rows, -1 if num_rows else o.numel())
-            if o.numel() else g.reshape(num_rows, 0)
-            for g, o in zip(grad_samples, out, strict=True)]  # fmt: skip
+    rows = [
+        g.resolve_neg().reshape(num_rows, o.numel()) for g, o in zip(grad_samples, out, strict=True)
+    ]
     results = [o if o.is_contiguous() and not o.is_neg() else o.contiguous() for o in out]
     stats = _native.clip_and_noise(rows, results, settings)
     for target, result in zip(out, results, strict=True):
@@ -150,7 +150,6 @@ def _run(
 torch.library.impl("dpfast::clip_and_noise_", ("cpu", "cuda"))(_run)
 
 
-@torch.library.register_fake("dpfast::clip_and_noise_")
 def _fake(
     grad_samples: Sequence[torch.Tensor],
     out: Sequence[torch.Tensor],
@@ -169,5 +168,7 @@ def _fake(
         first.new_empty((), dtype=torch.int64),
     )
 
+
+torch.library.register_fake("dpfast::clip_and_noise_", _fake)
 
 clip_and_noise_op = torch.ops.dpfast.clip_and_noise_.default

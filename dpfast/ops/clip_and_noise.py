@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 
 from dpfast import _validate
+from dpfast.ops import _arguments as args
 from dpfast.ops._registration import clip_and_noise_op
 from dpfast.ops.noise_source import NoiseSource
 
 __all__ = ["ClipStats", "Guarantee", "clip_and_noise"]
 
-_NAME = "clip_and_noise"
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_RULES = ("flat", "automatic", "auto_v", "normalized", "psac", "none")
-# gamma of AUTO-S (Bu et al. 2022 use 0.01 throughout), r of NSGD and of DP-PSAC.
-_DEFAULT_STABILITY = {"automatic": 0.01, "normalized": 0.01, "psac": 0.1}
-
 Grads = TypeVar("Grads", torch.Tensor, Sequence[torch.Tensor], Mapping[Any, torch.Tensor])
-Rule = Literal["flat", "automatic", "auto_v", "normalized", "psac", "none"]
 
 
 @dataclass(frozen=True)
@@ -59,185 +53,6 @@ class ClipStats:
     sensitive_norms: torch.Tensor
     sensitive_num_nonfinite: torch.Tensor
     guarantee: Guarantee
-
-
-class _Bounds(NamedTuple):
-    values: list[float]
-    tensor: torch.Tensor | None
-    num_groups: int
-
-
-class _Weights(NamedTuple):
-    values: list[float]
-    proportional: bool
-
-
-def _per_tensor(name: str, value: Any, keys: list[Any] | None, count: int) -> list[Any]:
-    """The values of a sequence or mapping that has one entry per gradient tensor."""
-    if isinstance(value, Mapping):
-        if keys is None or set(value.keys()) != set(keys):
-            raise ValueError(f"{_NAME}: {name} must have the keys of grad_samples")
-        return [value[key] for key in keys]
-    if keys is not None:
-        raise TypeError(
-            f"{_NAME}: {name} must be a mapping like grad_samples, got {type(value).__name__}"
-        )
-    if len(value) != count:
-        raise ValueError(f"{_NAME}: {name} must have {count} entries, got {len(value)}")
-    return list(value)
-
-
-def _is_collection(value: Any) -> bool:
-    return isinstance(value, (Mapping, Sequence)) and not isinstance(value, (str, bytes))
-
-
-def _bound(value: Any) -> float:
-    return _validate.number(
-        _NAME, "max_grad_norm", value, minimum=_validate.MIN_BOUND, maximum=_validate.MAX_BOUND
-    )
-
-
-def _check_bounds(
-    max_grad_norm: Any,
-    percentile: float | None,
-    clipping: str,
-    keys: list[Any] | None,
-    count: int,
-    device: torch.device,
-) -> _Bounds:
-    if percentile is not None:
-        if max_grad_norm is not None:
-            raise ValueError(
-                f"{_NAME}: max_grad_norm must be None with percentile, which sets it"
-            )
-        return _Bounds([], None, 1)
-    if max_grad_norm is None:
-        raise ValueError(f"{_NAME}: max_grad_norm must be given unless percentile is")
-    if isinstance(max_grad_norm, torch.Tensor):
-        if clipping == "normalized":
-            raise ValueError(f"{_NAME}: max_grad_norm must be the number 1 with normalized")
-        shape = (count,) if max_grad_norm.dim() == 1 else ()
-        tensor = _validate.tensor_like(
-            _NAME, "max_grad_norm", max_grad_norm, dtypes=_FLOATS, shape=shape, device=device
-        )
-        return _Bounds([], tensor.detach().reshape(-1), count if shape else 1)
-    if _is_collection(max_grad_norm):
-        values = [_bound(v) for v in _per_tensor("max_grad_norm", max_grad_norm, keys, count)]
-    else:
-        values = [_bound(max_grad_norm)]
-    if clipping == "normalized" and any(value != 1.0 for value in values):
-        raise ValueError(
-            f"{_NAME}: max_grad_norm must be 1 with normalized, whose sensitivity is 1 (use "
-            f"automatic for another bound), got {values}"
-        )
-    return _Bounds(values, None, len(values))
-
-
-def _check_noise_weights(
-    weights: Any, bounds: _Bounds, keys: list[Any] | None, count: int
-) -> _Weights:
-    if isinstance(weights, str):
-        chosen = _validate.choice(_NAME, "group_noise_weights", weights, ("equal", "proportional"))
-        return _Weights([], chosen == "proportional")
-    if not _is_collection(weights):
-        raise TypeError(
-            f"{_NAME}: group_noise_weights must be equal, proportional or one number per tensor, "
-            f"got {type(weights).__name__}"
-        )
-    if bounds.num_groups == 1 and count > 1:
-        raise ValueError(f"{_NAME}: group_noise_weights needs one max_grad_norm per tensor")
-    values = [
-        _validate.number(_NAME, "group_noise_weights", v, minimum=1e-30, maximum=1e30)
-        for v in _per_tensor("group_noise_weights", weights, keys, count)
-    ]
-    return _Weights(values, False)
-
-
-def _check_clipping(clipping: Any, stability: Any) -> tuple[str, float]:
-    """The rule's name ("custom" for a weight tensor) and its constant."""
-    rule = (
-        "custom"
-        if isinstance(clipping, torch.Tensor)
-        else _validate.choice(_NAME, "clipping", clipping, _RULES)
-    )
-    if stability is None:
-        return rule, _DEFAULT_STABILITY.get(rule, 1.0)
-    if rule not in _DEFAULT_STABILITY:
-        raise ValueError(
-            f"{_NAME}: stability_constant belongs to automatic, normalized and psac, not to {rule}"
-        )
-    constant = _validate.number(
-        _NAME, "stability_constant", stability, minimum=1e-30, maximum=1e30
-    )
-    return rule, constant
-
-
-def _check_percentile(
-    percentile: Any, rule: str, num_rows: int, accumulate: bool, return_stats: bool
-) -> float | None:
-    if percentile is None:
-        return None
-    value = _validate.number(_NAME, "percentile", percentile, minimum=0.0, maximum=100.0)
-    if rule in ("none", "normalized", "custom"):
-        raise ValueError(f"{_NAME}: percentile must not be given with clipping {rule}")
-    if accumulate:
-        raise ValueError(f"{_NAME}: percentile must not be given with accumulate: each physical "
-                         "batch would take its own threshold")  # fmt: skip
-    if num_rows == 0:
-        raise ValueError(f"{_NAME}: percentile needs at least one sample, got B = 0")
-    if not return_stats:
-        raise ValueError(
-            f"{_NAME}: percentile publishes a threshold that depends on private data; pass "
-            "return_stats=True, whose guarantee says so"
-        )
-    return value
-
-
-def _check_mechanism(mechanism: Any, norm: Any, noise_multiplier: Any) -> tuple[str, str, float]:
-    mechanism = _validate.choice(_NAME, "mechanism", mechanism, ("gaussian", "laplace", "none"))
-    multiplier = _validate.number(
-        _NAME, "noise_multiplier", noise_multiplier, minimum=0.0, maximum=1e30
-    )
-    if mechanism == "none" and multiplier != 0.0:
-        raise ValueError(
-            f"{_NAME}: noise_multiplier must be 0 with mechanism none, got {multiplier}"
-        )
-    if norm is None:
-        norm = "l1" if mechanism == "laplace" else "l2"
-    return mechanism, _validate.choice(_NAME, "norm", norm, ("l2", "l1")), multiplier
-
-
-def _check_out(
-    out: Any, tensors: list[torch.Tensor], keys: list[Any] | None, accumulate: bool
-) -> list[torch.Tensor]:
-    device = tensors[0].device
-    shapes = [t.shape[1:] for t in tensors]
-    dtypes = [torch.float64 if t.dtype == torch.float64 else torch.float32 for t in tensors]
-    if out is None:
-        if accumulate:
-            raise ValueError(f"{_NAME}: out must be given with accumulate, to hold the sums")
-        return [
-            torch.empty(s, dtype=d, device=device) for s, d in zip(shapes, dtypes, strict=True)
-        ]
-    results, out_keys = _validate.structure(_NAME, "out", out)
-    if len(results) != len(tensors) or (None if keys is None else set(keys)) != (
-        None if out_keys is None else set(out_keys)
-    ):
-        raise ValueError(f"{_NAME}: out must have the structure of grad_samples")
-    if keys is not None:
-        results = [out[key] for key in keys]
-    for index, result in enumerate(results):
-        _validate.tensor_like(
-            _NAME,
-            f"out[{index}]",
-            result,
-            dtypes=(dtypes[index],),
-            shape=shapes[index],
-            device=device,
-        )
-        if result.requires_grad:
-            raise ValueError(f"{_NAME}: out[{index}] must not require grad")
-    return [result.detach() for result in results]
 
 
 def _guarantee(
@@ -289,13 +104,13 @@ def clip_and_noise(
     *,
     max_grad_norm: Any,
     noise_multiplier: float,
-    clipping: Rule | torch.Tensor = ...,
+    clipping: str | torch.Tensor = ...,
     stability_constant: float | None = ...,
     percentile: float | None = ...,
-    mechanism: Literal["gaussian", "laplace", "none"] = ...,
-    norm: Literal["l2", "l1"] | None = ...,
+    mechanism: str = ...,
+    norm: str | None = ...,
     privacy_unit_ids: torch.Tensor | None = ...,
-    unit_reduction: Literal["mean", "sum"] = ...,
+    unit_reduction: str = ...,
     norms: torch.Tensor | None = ...,
     group_noise_weights: Any = ...,
     expected_batch_size: float | None = ...,
@@ -310,13 +125,13 @@ def clip_and_noise(
     *,
     max_grad_norm: Any,
     noise_multiplier: float,
-    clipping: Rule | torch.Tensor = ...,
+    clipping: str | torch.Tensor = ...,
     stability_constant: float | None = ...,
     percentile: float | None = ...,
-    mechanism: Literal["gaussian", "laplace", "none"] = ...,
-    norm: Literal["l2", "l1"] | None = ...,
+    mechanism: str = ...,
+    norm: str | None = ...,
     privacy_unit_ids: torch.Tensor | None = ...,
-    unit_reduction: Literal["mean", "sum"] = ...,
+    unit_reduction: str = ...,
     norms: torch.Tensor | None = ...,
     group_noise_weights: Any = ...,
     expected_batch_size: float | None = ...,
@@ -410,36 +225,23 @@ def clip_and_noise(
     References:
       Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; He et al. 2022, arXiv:2212.01539 (groups).
     """
-    tensors, keys = _validate.structure(_NAME, "grad_samples", grad_samples)
-    num_rows = _validate.batch_of(_NAME, tensors)
+    tensors, keys = _validate.structure(args.NAME, "grad_samples", grad_samples)
+    num_rows = _validate.batch_of(args.NAME, tensors)
     device, count = tensors[0].device, len(tensors)
-    accumulate = _validate.flag(_NAME, "accumulate", accumulate)
-    return_stats = _validate.flag(_NAME, "return_stats", return_stats)
-    rule, stability = _check_clipping(clipping, stability_constant)
-    percentile = _check_percentile(percentile, rule, num_rows, accumulate, return_stats)
-    bounds = _check_bounds(max_grad_norm, percentile, rule, keys, count, device)
-    mechanism, norm, multiplier = _check_mechanism(mechanism, norm, noise_multiplier)
-    weights = _check_noise_weights(group_noise_weights, bounds, keys, count)
-    reduction = _validate.choice(_NAME, "unit_reduction", unit_reduction, ("mean", "sum"))
-    divisor = (
-        1.0
-        if expected_batch_size is None
-        else _validate.number(_NAME, "expected_batch_size", expected_batch_size,
-                              minimum=0.0, maximum=1e30, exclusive=True)  # fmt: skip
-    )
+    accumulate = _validate.flag(args.NAME, "accumulate", accumulate)
+    return_stats = _validate.flag(args.NAME, "return_stats", return_stats)
+    rule, stability = args.check_clipping(clipping, stability_constant)
+    percentile = args.check_percentile(percentile, rule, num_rows, accumulate, return_stats)
+    bounds = args.check_bounds(max_grad_norm, percentile, rule, keys, count, device)
+    mechanism, norm, multiplier = args.check_mechanism(mechanism, norm, noise_multiplier)
+    weights = args.check_noise_weights(group_noise_weights, bounds, keys, count)
+    reduction = _validate.choice(args.NAME, "unit_reduction", unit_reduction, ("mean", "sum"))
+    divisor = args.check_divisor(expected_batch_size)
     if noise is not None and not isinstance(noise, NoiseSource):
-        raise TypeError(f"{_NAME}: noise must be a NoiseSource, got {type(noise).__name__}")
-    if privacy_unit_ids is not None:
-        _validate.tensor_like(
-            _NAME,
-            "privacy_unit_ids",
-            privacy_unit_ids,
-            dtypes=(torch.int64,),
-            shape=(num_rows,),
-            device=device,
-        )
-    units = _check_units(clipping, norms, bounds, privacy_unit_ids, num_rows, device)
-    results = _check_out(out, tensors, keys, accumulate)
+        raise TypeError(f"{args.NAME}: noise must be a NoiseSource, got {type(noise).__name__}")
+    args.check_unit_ids(privacy_unit_ids, num_rows, device)
+    units = args.check_units(clipping, norms, bounds, privacy_unit_ids, num_rows, device)
+    results = args.check_out(out, tensors, keys, accumulate)
 
     threshold, unit_norms, nonfinite = clip_and_noise_op(
         [tensor.detach() for tensor in tensors],
@@ -476,39 +278,3 @@ def clip_and_noise(
             rule, mechanism, norm, multiplier, percentile, secure, norms is not None
         ),
     )
-
-
-class _Units(NamedTuple):
-    weights: torch.Tensor | None
-    norms: torch.Tensor | None
-
-
-def _check_units(
-    clipping: Any,
-    norms: Any,
-    bounds: _Bounds,
-    privacy_unit_ids: torch.Tensor | None,
-    num_rows: int,
-    device: torch.device,
-) -> _Units:
-    """Own weights and given norms: they agree on the number of units."""
-    weights = clipping if isinstance(clipping, torch.Tensor) else None
-    units = num_rows
-    if privacy_unit_ids is not None:
-        # How many distinct ids there are is known to the kernels alone; it checks that they fit.
-        for given in (weights, norms):
-            if isinstance(given, torch.Tensor) and given.dim() > 0:
-                units = min(num_rows, given.shape[-1])
-                break
-    if weights is not None:
-        _validate.tensor_like(
-            _NAME, "clipping", weights, dtypes=_FLOATS, shape=(units,), device=device
-        )
-        weights = weights.detach()
-    if norms is not None:
-        shape = (units,) if bounds.num_groups == 1 else (bounds.num_groups, units)
-        _validate.tensor_like(
-            _NAME, "norms", norms, dtypes=(torch.float64, torch.float32), shape=shape, device=device
-        )
-        norms = norms.detach().reshape(bounds.num_groups, units)
-    return _Units(weights, norms)

@@ -161,8 +161,8 @@ def laplace_from_words(
     """Standard Laplace samples (density exp(-|x|) / 2), one per word.
 
     Bit 0 is the sign; the magnitude is -ln u with u = (even + 1) / 2^32, even the word without
-    bit 0, or (even + 2 (more + 1/2) / 2^32) / 2^32 where the word is below 2^16 and everywhere
-    in double precision (there the last bits are one quarter of a cell lower: + 1/2 of 2^-64).
+    bit 0. Where the word is below 2^16, u = (even + (2 more + 1) / 2^32) / 2^32; in double
+    precision u = (even + (2 more + 1/2) / 2^32) / 2^32 everywhere.
 
     Args:
       words: int64, shape (N, 16).

@@ -1,0 +1,28 @@
+"""Fixtures: the devices on which the same tests run."""
+
+import pytest
+import torch
+
+from dpfast import _native
+
+
+def _why_no_cuda() -> str | None:
+    if not _native.has_cuda_kernels():
+        return "this build of dpfast has no CUDA kernels"
+    return None if torch.cuda.is_available() else "there is no CUDA device"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """CPU, and CUDA where there is a device and a build for it."""
+    if request.param == "cuda" and (reason := _why_no_cuda()):
+        pytest.skip(reason)
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The CUDA device, for what exists there alone; its tests are marked gpu."""
+    if reason := _why_no_cuda():
+        pytest.skip(reason)
+    return torch.device("cuda", torch.cuda.current_device())
