@@ -61,7 +61,6 @@ class NativeSettings:
     single_precision_norms: bool
     divisor: float
     accumulate: bool
-    unit_of_row: torch.Tensor | None
     row_order: torch.Tensor | None
     unit_start: torch.Tensor | None
     unit_count: torch.Tensor | None
@@ -100,7 +99,7 @@ def clip_and_noise(
     on_cpu = device.type == "cpu"
     workspace_bytes = _core.cpu_workspace_bytes if on_cpu else _core.cuda_workspace_bytes
     workspace = torch.empty(
-        workspace_bytes(numels, num_rows, units, groups), dtype=torch.uint8, device=device
+        workspace_bytes(numels, units, groups), dtype=torch.uint8, device=device
     )
     tensors = [
         (
@@ -117,7 +116,6 @@ def clip_and_noise(
         "num_rows": num_rows,
         "num_units": units,
         "num_groups": groups,
-        "unit_of_row": _address(settings.unit_of_row),
         "row_order": _address(settings.row_order),
         "unit_start": _address(settings.unit_start),
         "unit_count": _address(settings.unit_count),

@@ -36,7 +36,10 @@ def number(
     """A finite real number in [minimum, maximum], or (minimum, maximum] where exclusive."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
-    converted = float(value)
+    try:
+        converted = float(value)
+    except OverflowError:  # an int beyond any float
+        converted = math.inf
     low_enough = converted > minimum if exclusive else converted >= minimum
     if not (math.isfinite(converted) and low_enough and converted <= maximum):
         rule = f"> {minimum:g}" if exclusive else f">= {minimum:g}"

@@ -8,6 +8,15 @@
 namespace dpfast::bindings {
 namespace {
 
+// The first unusable bound of those that the call has read from memory.
+std::string bad_bound(const ClipAndNoise& call) {
+  for (int g = 0; g < call.num_groups; ++g) {
+    const double bound = call.device_bounds[g];
+    if (!cpu::usable_bound(bound)) return py::repr(py::float_(bound)).cast<std::string>();
+  }
+  return "none";
+}
+
 void run_cpu(const std::vector<TensorTuple>& tensors, const py::dict& settings, int num_threads) {
   CallArguments arguments;
   read_tensors(tensors, arguments);
@@ -18,7 +27,8 @@ void run_cpu(const std::vector<TensorTuple>& tensors, const py::dict& settings, 
     status = cpu::clip_and_noise(arguments.call, num_threads);
   }
   if (status == cpu::Status::kBadBound) {
-    throw std::invalid_argument("clip_and_noise: max_grad_norm must be finite and > 0");
+    throw std::invalid_argument("clip_and_noise: max_grad_norm must be finite and > 0, got " +
+                                bad_bound(arguments.call));
   }
   if (status == cpu::Status::kTooManyUnits) {
     throw std::invalid_argument(
@@ -43,17 +53,19 @@ void run_cuda(const std::vector<TensorTuple>& tensors, const py::dict& settings,
 void bind_clip_and_noise(py::module_& module) {
   module.def(
       "cpu_workspace_bytes",
-      [](const std::vector<std::int64_t>& numels, std::int64_t rows, std::int64_t units,
-         int groups) { return cpu::workspace_bytes(total_chunks(numels), rows, units, groups); },
-      py::arg("numels"), py::arg("num_rows"), py::arg("num_units"), py::arg("num_groups"));
+      [](const std::vector<std::int64_t>& numels, std::int64_t units, int groups) {
+        return cpu::workspace_bytes(total_chunks(numels), units, groups);
+      },
+      py::arg("numels"), py::arg("num_units"), py::arg("num_groups"));
   module.def("clip_and_noise_cpu", &run_cpu, py::arg("tensors"), py::arg("settings"),
              py::arg("num_threads"));
 #if defined(DPFAST_WITH_CUDA)
   module.def(
       "cuda_workspace_bytes",
-      [](const std::vector<std::int64_t>& numels, std::int64_t rows, std::int64_t units,
-         int groups) { return cuda::workspace_bytes(total_chunks(numels), rows, units, groups); },
-      py::arg("numels"), py::arg("num_rows"), py::arg("num_units"), py::arg("num_groups"));
+      [](const std::vector<std::int64_t>& numels, std::int64_t units, int groups) {
+        return cuda::workspace_bytes(total_chunks(numels), units, groups);
+      },
+      py::arg("numels"), py::arg("num_units"), py::arg("num_groups"));
   module.def("clip_and_noise_cuda", &run_cuda, py::arg("tensors"), py::arg("settings"),
              py::arg("device"), py::arg("stream"));
 #endif

@@ -56,7 +56,6 @@ inline void read_settings(const py::dict& settings, CallArguments& arguments) {
   call.num_rows = get("num_rows").cast<std::int64_t>();
   call.num_units = get("num_units").cast<std::int64_t>();
   call.num_groups = get("num_groups").cast<int>();
-  call.unit_of_row = pointer<const std::int64_t>(address("unit_of_row"));
   call.row_order = pointer<const std::int64_t>(address("row_order"));
   call.unit_start = pointer<const std::int64_t>(address("unit_start"));
   call.unit_count = pointer<const std::int64_t>(address("unit_count"));

@@ -37,12 +37,11 @@ struct Run {
 };
 
 struct Workspace {
-  double* parts;        // [chunks, U]
-  double* row_weights;  // [G, B]
+  double* parts;    // [chunks, U]
+  double* weights;  // [G, U], of the sum of a unit's rows
 
   Workspace(const ClipAndNoise& call, std::int64_t num_chunks)
-      : parts(static_cast<double*>(call.workspace)),
-        row_weights(parts + num_chunks * call.num_units) {}
+      : parts(static_cast<double*>(call.workspace)), weights(parts + num_chunks * call.num_units) {}
 };
 
 const char* cell(const Tensor& tensor, std::int64_t row, std::int64_t column) {
@@ -155,36 +154,28 @@ bool take_thresholds(const ClipAndNoise& call) {
   const double* source = call.device_bounds != nullptr ? call.device_bounds : call.bounds;
   for (int g = 0; g < call.num_groups; ++g) {
     call.threshold[g] = source[g];
-    if (!(source[g] > 0.0 && std::isfinite(source[g]))) return false;
+    if (!usable_bound(source[g])) return false;
   }
   return true;
 }
 
 void take_weights(const ClipAndNoise& call, const Workspace& workspace) {
   const std::int64_t units = call.num_units;
-  std::vector<double> weights(static_cast<std::size_t>(units));
-  std::vector<char> dropped(static_cast<std::size_t>(units), 0);
-  std::int64_t nonfinite = 0;
+  *call.nonfinite = 0;
   for (std::int64_t u = 0; u < units; ++u) {
     const std::int64_t rows = rows_of_unit(call, u);
+    bool dropped = false;  // from all groups, as soon as one of them is not finite
     for (int g = 0; g < call.num_groups; ++g) {
-      dropped[u] |= !std::isfinite(call.norms[g * units + u]);
+      dropped |= !std::isfinite(call.norms[g * units + u]);
     }
-    nonfinite += dropped[u] && rows > 0;
-  }
-  *call.nonfinite = nonfinite;
-  for (int g = 0; g < call.num_groups; ++g) {
-    const double bound = call.threshold[g] * (1.0 - call.margin);
-    for (std::int64_t u = 0; u < units; ++u) {
-      const double custom = call.custom_weights != nullptr ? call.custom_weights[u] : 0.0;
+    *call.nonfinite += dropped && rows > 0;
+    const double custom = call.custom_weights != nullptr ? call.custom_weights[u] : 0.0;
+    const double averaged_rows = call.average_rows ? static_cast<double>(rows) : 1.0;
+    for (int g = 0; g < call.num_groups; ++g) {
+      const double bound = call.threshold[g] * (1.0 - call.margin);
       const double weight = math::clipping_weight(call.clipping, call.norms[g * units + u], bound,
-                                                  call.stability, custom);
-      weights[u] = dropped[u] ? 0.0 : weight;
-      if (call.average_rows) weights[u] /= static_cast<double>(rows_of_unit(call, u));
-    }
-    double* row_weights = workspace.row_weights + g * call.num_rows;
-    for (std::int64_t b = 0; b < call.num_rows; ++b) {
-      row_weights[b] = weights[call.unit_of_row == nullptr ? b : call.unit_of_row[b]];
+                                                  call.stability, custom, averaged_rows);
+      workspace.weights[g * units + u] = dropped ? 0.0 : weight;
     }
   }
 }
@@ -241,6 +232,52 @@ struct Double {
   static constexpr auto kFinish = &Kernels::finish_double;
 };
 
+// The rows that sum_task adds next. Dropped units have weight 0 and may hold NaN: they are never
+// multiplied.
+class RowGatherer {
+ public:
+  RowGatherer(const ClipAndNoise& call, const double* weights, const Run& run)
+      : call_(call), tensor_(call.tensors[run.tensor]), weights_(weights), start_(run.start) {}
+
+  // Up to `wanted` rows of units that have one row, with their weights; 0 when none are left.
+  std::int64_t singles(std::int64_t wanted, const void** rows, double* weights) {
+    std::int64_t gathered = 0;
+    for (; single_ < call_.num_units && gathered < wanted; ++single_) {
+      const double weight = weights_[single_];
+      if (weight == 0.0 || rows_of_unit(call_, single_) != 1) continue;
+      rows[gathered] = cell(tensor_, row(single_, 0), start_);
+      weights[gathered++] = tensor_.dtype == DType::kFloat64 ? weight : math::short_weight(weight);
+    }
+    return gathered;
+  }
+
+  // The rows of the next unit that has several; false when none is left.
+  bool several(std::vector<const void*>& rows, double* weight) {
+    for (; call_.unit_start != nullptr && several_ < call_.num_units; ++several_) {
+      const std::int64_t count = rows_of_unit(call_, several_);
+      if (weights_[several_] == 0.0 || count < 2) continue;
+      rows.clear();
+      for (std::int64_t r = 0; r < count; ++r) {
+        rows.push_back(cell(tensor_, row(several_, r), start_));
+      }
+      *weight = weights_[several_++];
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  std::int64_t row(std::int64_t unit, std::int64_t r) const {
+    return call_.unit_start == nullptr ? unit : call_.row_order[call_.unit_start[unit] + r];
+  }
+
+  const ClipAndNoise& call_;
+  const Tensor& tensor_;
+  const double* weights_;  // [U] of this tensor's group
+  std::int64_t start_;
+  std::int64_t single_ = 0, several_ = 0;  // next units to look at
+};
+
 // Sums, noise and output of one run. The noise of a block is computed while the first rows of its
 // columns are on their way from memory: arithmetic and memory work at the same time.
 template <class Precision>
@@ -249,27 +286,15 @@ void sum_task(const ClipAndNoise& call, const double* all_weights, const Release
   using Out = typename Precision::Out;
   const Kernels& isa = kernels();
   const Tensor& tensor = call.tensors[run.tensor];
-  const double* row_weights = all_weights + tensor.group * call.num_rows;
   const bool noisy = !release.scales.empty();
   Out* out = static_cast<Out*>(tensor.out) + run.start;
   thread_local std::vector<double> buffer(kMaxSpan);
   double* sums = buffer.data();
 
+  RowGatherer gatherer(call, all_weights + tensor.group * call.num_units, run);
   const void* rows[kRowSlab];
   double weights[kRowSlab];
-  std::int64_t next = 0;
-  const auto gather = [&](std::int64_t wanted) {
-    std::int64_t gathered = 0;
-    for (; next < call.num_rows && gathered < wanted; ++next) {
-      if (row_weights[next] == 0.0) continue;  // dropped rows may hold NaN: never multiplied
-      rows[gathered] = cell(tensor, next, run.start);
-      weights[gathered++] = tensor.dtype == DType::kFloat64 ? row_weights[next]
-                                                            : math::short_weight(row_weights[next]);
-    }
-    return gathered;
-  };
-
-  const std::int64_t first_rows = gather(kRowsPerPass);
+  const std::int64_t first_rows = gatherer.singles(kRowsPerPass, rows, weights);
   alignas(64) Out noise[kNoiseBlock];
   for (std::int64_t first = 0; first < run.length; first += kNoiseBlock) {
     const std::int64_t count = std::min(kNoiseBlock, run.length - first);
@@ -285,8 +310,13 @@ void sum_task(const ClipAndNoise& call, const double* all_weights, const Release
                              call.accumulate ? out + first : nullptr, count, sums + first);
     isa.weighted_sum(rows, weights, first_rows, first, count, tensor.dtype, sums + first);
   }
-  for (std::int64_t more; (more = gather(kRowSlab)) > 0;) {
+  for (std::int64_t more; (more = gatherer.singles(kRowSlab, rows, weights)) > 0;) {
     isa.weighted_sum(rows, weights, more, 0, run.length, tensor.dtype, sums);
+  }
+  std::vector<const void*> unit;
+  for (double weight; gatherer.several(unit, &weight);) {
+    isa.add_unit(unit.data(), static_cast<std::int64_t>(unit.size()), weight, run.length,
+                 tensor.dtype, sums);
   }
   (isa.*Precision::kFinish)(sums, release.factor, run.length, out);
 }
@@ -307,19 +337,19 @@ void take_sums(const ClipAndNoise& call, const Workspace& workspace, const Relea
   for_each(num_runs, bytes, num_threads, [&](std::int64_t i) {
     const Run& run = runs[num_runs - 1 - i];
     if (call.tensors[run.tensor].dtype == DType::kFloat64) {
-      sum_task<Double>(call, workspace.row_weights, release, run);
+      sum_task<Double>(call, workspace.weights, release, run);
     } else {
-      sum_task<Single>(call, workspace.row_weights, release, run);
+      sum_task<Single>(call, workspace.weights, release, run);
     }
   });
 }
 
 }  // namespace
 
-std::int64_t workspace_bytes(std::int64_t num_chunks, std::int64_t num_rows, std::int64_t num_units,
-                             int num_groups) {
-  return static_cast<std::int64_t>(sizeof(double)) *
-         (num_chunks * num_units + static_cast<std::int64_t>(num_groups) * num_rows);
+bool usable_bound(double bound) { return bound > 0.0 && std::isfinite(bound); }
+
+std::int64_t workspace_bytes(std::int64_t num_chunks, std::int64_t num_units, int num_groups) {
+  return static_cast<std::int64_t>(sizeof(double)) * (num_chunks + num_groups) * num_units;
 }
 
 Status clip_and_noise(const ClipAndNoise& call, int num_threads) {

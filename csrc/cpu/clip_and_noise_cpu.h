@@ -13,8 +13,9 @@ enum class Status {
   kTooManyUnits,  // more distinct units than slots
 };
 
-std::int64_t workspace_bytes(std::int64_t num_chunks, std::int64_t num_rows, std::int64_t num_units,
-                             int num_groups);
+bool usable_bound(double bound);  // finite and > 0
+
+std::int64_t workspace_bytes(std::int64_t num_chunks, std::int64_t num_units, int num_groups);
 
 // Writes to out and to the noise state only if it returns kOk.
 Status clip_and_noise(const ClipAndNoise& call, int num_threads);

@@ -26,7 +26,7 @@ __global__ void store_values_kernel(const __grid_constant__ Values values, doubl
 
 struct Workspace {
   double* parts;          // [U, chunks]
-  double* row_weights;    // [G, B]
+  double* weights;        // [G, U]
   double* scales;         // [G]
   double* bounds;         // [G]
   double* noise_weights;  // [G]
@@ -40,7 +40,7 @@ struct Workspace {
       return mine;
     };
     parts = take(num_chunks * call.num_units);
-    row_weights = take(call.num_groups * call.num_rows);
+    weights = take(call.num_groups * call.num_units);
     scales = take(call.num_groups);
     bounds = take(call.num_groups);
     noise_weights = take(call.num_groups);
@@ -150,10 +150,8 @@ class Launcher {
 
   void weights(const Workspace& workspace) const {
     WeightTask task{};
-    task.num_rows = call_.num_rows;
     task.num_units = call_.num_units;
     task.num_groups = call_.num_groups;
-    task.unit_of_row = call_.unit_of_row;
     task.unit_start = call_.unit_start;
     task.unit_count = call_.unit_count;
     task.average_rows = call_.average_rows;
@@ -182,23 +180,28 @@ class Launcher {
     task.threshold = call_.threshold;
     task.norms = call_.norms;
     task.nonfinite = call_.nonfinite;
-    task.row_weights = workspace.row_weights;
+    task.weights = workspace.weights;
     task.scales = workspace.scales;
     task.release = workspace.release;
     launch("weights_kernel", weights_kernel, 1, kWeightThreads, stream_, task);
   }
 
   void sums(const Workspace& workspace) const {
-    const SumTask task{call_.num_rows,
-                       workspace.row_weights,
+    const SumTask task{call_.num_units,
+                       call_.row_order,
+                       call_.unit_start,
+                       workspace.weights,
                        workspace.scales,
                        workspace.release,
                        noisy() ? call_.mechanism : math::Mechanism::kNone,
                        call_.accumulate};
     for_each_dtype([&](DType dtype, auto sample) {
+      using T = decltype(sample);
+      const auto kernel = call_.unit_start == nullptr ? weighted_sum_kernel<T, false>
+                                                      : weighted_sum_kernel<T, true>;
       for_each_batch(dtype, kTile, [&](const TensorBatch& batch) {
-        launch("weighted_sum_kernel", weighted_sum_kernel<decltype(sample)>, grid(batch.num_tiles),
-               kSumThreads, stream_, batch, task);
+        launch("weighted_sum_kernel", kernel, grid(batch.num_tiles), kSumThreads, stream_, batch,
+               task);
       });
     });
   }
@@ -211,11 +214,9 @@ class Launcher {
 
 }  // namespace
 
-std::int64_t workspace_bytes(std::int64_t num_chunks, std::int64_t num_rows, std::int64_t num_units,
-                             int num_groups) {
-  const std::int64_t groups = num_groups;
+std::int64_t workspace_bytes(std::int64_t num_chunks, std::int64_t num_units, int num_groups) {
   return static_cast<std::int64_t>(sizeof(double)) *
-             (num_chunks * num_units + groups * num_rows + 3 * groups) +
+             ((num_chunks + num_groups) * num_units + 3 * std::int64_t{num_groups}) +
          static_cast<std::int64_t>(sizeof(Release));
 }
 

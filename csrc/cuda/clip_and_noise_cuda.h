@@ -7,8 +7,7 @@
 
 namespace dpfast::cuda {
 
-std::int64_t workspace_bytes(std::int64_t num_chunks, std::int64_t num_rows, std::int64_t num_units,
-                             int num_groups);
+std::int64_t workspace_bytes(std::int64_t num_chunks, std::int64_t num_units, int num_groups);
 
 // Enqueues the call on the stream: no allocation, no copy to the host, no synchronisation.
 // Throws std::runtime_error where a launch fails.

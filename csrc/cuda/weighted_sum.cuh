@@ -17,9 +17,11 @@ constexpr int kRowsAtOnce = 4;
 static_assert(kTileGroups * math::kNoiseLanes == kSumThreads, "one block of noise a thread");
 
 struct SumTask {
-  std::int64_t num_rows;
-  const double* row_weights;  // [G, B]
-  const double* scales;       // [G]
+  std::int64_t num_units;
+  const std::int64_t* row_order;  // null: unit u is row u
+  const std::int64_t* unit_start;
+  const double* weights;  // [G, U], of the sum of a unit's rows
+  const double* scales;   // [G]
   const Release* release;
   math::Mechanism mechanism;  // kNone: no noise
   bool accumulate;
@@ -144,7 +146,68 @@ __device__ inline void add_ragged_rows(const T* top, std::int64_t row_stride, in
   }
 }
 
+// Units of several rows: the rows are added before they are weighted (see clip_and_noise.h).
 template <class T>
+__device__ inline void add_units(const SumTask& task, const T* grad, std::int64_t row_stride,
+                                 std::int64_t length, bool aligned, const double* weights,
+                                 double sums[kPacks][kPackColumns]) {
+#pragma unroll 1
+  for (std::int64_t u = 0; u < task.num_units; ++u) {
+    const double weight = weights[u];
+    if (weight == 0.0) continue;  // dropped
+    const std::int64_t begin = task.unit_start[u];
+    const std::int64_t end = task.unit_start[u + 1];
+    if (begin == end) continue;  // an empty slot
+    double unit[kPacks][kPackColumns] = {};
+#pragma unroll 2
+    for (std::int64_t i = begin; i < end; ++i) {
+      const T* row = grad + task.row_order[i] * row_stride;
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) {
+        const std::int64_t column = (p * kSumThreads + threadIdx.x) * kPackColumns;
+        if (column < length) {
+          const Columns<T> x = load_columns(row, column, length, aligned);
+#pragma unroll
+          for (int v = 0; v < kPackColumns; ++v) unit[p][v] += to_double(x.values[v]);
+        }
+      }
+    }
+    // A unit of one row is taken as without units, so that the two give the same bits.
+    const double used = end - begin == 1 && sizeof(T) < 8 ? math::short_weight(weight) : weight;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+#pragma unroll
+      for (int v = 0; v < kPackColumns; ++v) sums[p][v] += used * unit[p][v];
+    }
+  }
+}
+
+// Rows that are units of their own, with their weights in shared memory.
+template <class T>
+__device__ inline void add_rows(const SumTask& task, const T* grad, std::int64_t row_stride,
+                                std::int64_t length, bool aligned, const double* all_weights,
+                                double* weights, double sums[kPacks][kPackColumns]) {
+  const int t = threadIdx.x;
+  for (std::int64_t first = 0; first < task.num_units; first += kSumThreads) {
+    __syncthreads();
+    if (first + t < task.num_units) {
+      const double weight = all_weights[first + t];
+      weights[t] = sizeof(T) == sizeof(double) ? weight : math::short_weight(weight);
+    }
+    __syncthreads();
+    const std::int64_t left = task.num_units - first;
+    const int rows = static_cast<int>(left < kSumThreads ? left : kSumThreads);
+    const T* top = grad + first * row_stride;
+    if (aligned && length == kTile) {
+      add_whole_rows(top, row_stride, rows, weights, sums);
+    } else {
+      add_ragged_rows(top, row_stride, rows, length, aligned, weights, sums);
+    }
+  }
+}
+
+// kUnits: rows are grouped into units.
+template <class T, bool kUnits>
 __global__ void __launch_bounds__(kSumThreads)
     weighted_sum_kernel(const __grid_constant__ TensorBatch batch, const SumTask task) {
   using Out = typename OutputOf<T>::type;
@@ -168,21 +231,11 @@ __global__ void __launch_bounds__(kSumThreads)
     }
 
     double sums[kPacks][kPackColumns] = {};
-    for (std::int64_t first = 0; first < task.num_rows; first += kSumThreads) {
-      __syncthreads();
-      if (first + t < task.num_rows) {
-        const double weight = task.row_weights[slice.group * task.num_rows + first + t];
-        weights[t] = sizeof(T) == sizeof(double) ? weight : math::short_weight(weight);
-      }
-      __syncthreads();
-      const int rows = static_cast<int>(task.num_rows - first < kSumThreads ? task.num_rows - first
-                                                                            : kSumThreads);
-      const T* top = grad + first * slice.row_stride;
-      if (aligned && length == kTile) {
-        add_whole_rows(top, slice.row_stride, rows, weights, sums);
-      } else {
-        add_ragged_rows(top, slice.row_stride, rows, length, aligned, weights, sums);
-      }
+    const double* unit_weights = task.weights + slice.group * task.num_units;
+    if (kUnits) {
+      add_units(task, grad, slice.row_stride, length, aligned, unit_weights, sums);
+    } else {
+      add_rows(task, grad, slice.row_stride, length, aligned, unit_weights, weights, sums);
     }
 
     __syncthreads();  // the noise is complete, also where there are no rows

@@ -14,10 +14,8 @@ struct Release {
 };
 
 struct WeightTask {
-  std::int64_t num_rows;
   std::int64_t num_units;
   int num_groups;
-  const std::int64_t* unit_of_row;
   const std::int64_t* unit_start;
   const std::int64_t* unit_count;
   bool average_rows;
@@ -38,8 +36,8 @@ struct WeightTask {
   double* threshold;  // [G]
   double* norms;      // [G, U]
   std::int64_t* nonfinite;
-  double* row_weights;  // [G, B]
-  double* scales;       // [G]
+  double* weights;  // [G, U], of the sum of a unit's rows
+  double* scales;   // [G]
   Release* release;
 };
 
@@ -153,29 +151,22 @@ __global__ void __launch_bounds__(kWeightThreads) weights_kernel(const WeightTas
   for (std::int64_t first = 0; first < task.num_units; first += kWeightThreads) {
     const std::int64_t u = first + threadIdx.x;
     const bool in_range = u < task.num_units;
-    nonfinite += block_count(in_range && rows_of_unit(task, u) > 0 && is_dropped(task, u), shared);
+    const bool dropped = in_range && is_dropped(task, u);
+    nonfinite += block_count(dropped && rows_of_unit(task, u) > 0, shared);
     if (!in_range) continue;
+    const double custom = task.custom_weights == nullptr ? 0.0 : task.custom_weights[u];
+    const double rows = task.average_rows ? static_cast<double>(rows_of_unit(task, u)) : 1.0;
     for (int g = 0; g < task.num_groups; ++g) {
-      task.norms[g * task.num_units + u] = task.norms_in[g * task.num_units + u];
+      const std::int64_t at = g * task.num_units + u;
+      const double norm = task.norms_in[at];
+      const double weight =
+          math::clipping_weight(task.clipping, norm, task.threshold[g] * (1.0 - task.margin),
+                                task.stability, custom, rows);
+      task.norms[at] = norm;
+      task.weights[at] = dropped ? 0.0 : weight;
     }
   }
   if (threadIdx.x == 0) *task.nonfinite = nonfinite;
-
-  for (std::int64_t b = threadIdx.x; b < task.num_rows; b += kWeightThreads) {
-    const std::int64_t u = task.unit_of_row == nullptr ? b : task.unit_of_row[b];
-    const bool keep = u < task.num_units && !is_dropped(task, u);
-    for (int g = 0; g < task.num_groups; ++g) {
-      double weight = 0.0;
-      if (keep) {
-        const double custom = task.custom_weights == nullptr ? 0.0 : task.custom_weights[u];
-        weight =
-            math::clipping_weight(task.clipping, task.norms_in[g * task.num_units + u],
-                                  task.threshold[g] * (1.0 - task.margin), task.stability, custom);
-        if (task.average_rows) weight /= static_cast<double>(rows_of_unit(task, u));
-      }
-      task.row_weights[g * task.num_rows + b] = weight;
-    }
-  }
 }
 
 }  // namespace dpfast::cuda

@@ -2,7 +2,8 @@
 //
 //   norm[g][u]  = || sum (or mean) over the rows of unit u of group g's gradients ||
 //   weight      = clipping_weight(norm, bound)          bound = C (1 - margin)
-//   out[j]      = (accumulate ? out[j] : 0) + sum_b row_weight[b] * grad[b][j] + scale * noise[j]
+//   x[u][j]     = sum over the rows b of unit u of grad[b][j]
+//   out[j]      = (accumulate ? out[j] : 0) + sum_u weight[u] * x[u][j] + scale * noise[j]
 //   out[j]      = out[j] / divisor
 #pragma once
 
@@ -45,12 +46,13 @@ struct ClipAndNoise {
   std::int64_t num_units;  // U slots; B where every row is its own unit
   int num_groups;          // 1, or num_tensors
 
-  // Rows by unit, all null where every row is its own unit.
-  const std::int64_t* unit_of_row;  // [B]
-  const std::int64_t* row_order;    // [B] rows sorted by unit
-  const std::int64_t* unit_start;   // [U + 1] into row_order; empty slots have equal ends
-  const std::int64_t* unit_count;   // [1] number of units that occur
-  bool average_rows;                // mean over a unit's rows, not sum
+  // Rows by unit, all null where every row is its own unit. A unit's rows are always added before
+  // they are weighted, in this order: rows that cancel may be far larger than their sum, and
+  // added one by one to the other units' they would round these away.
+  const std::int64_t* row_order;   // [B] rows sorted by unit
+  const std::int64_t* unit_start;  // [U + 1] into row_order; empty slots have equal ends
+  const std::int64_t* unit_count;  // [1] number of units that occur
+  bool average_rows;               // mean over a unit's rows, not sum
 
   math::Clipping clipping;
   double stability;

@@ -34,9 +34,14 @@ constexpr double kGivenSingleNormMargin = 0x1p-20;
 // norm is taken as 0; the rules that divide by it are bounded because gamma, r >= 1e-30.
 constexpr double kTinyNorm = 0x1p-500;
 
-DPFAST_HOST_DEVICE double clipping_weight(Clipping rule, double norm, double bound,
-                                          double stability, double custom) {
-  if (!(norm <= 1.7976931348623157e308)) return 0.0;  // NaN or Inf: exactly zero
+// A subnormal weight has lost its relative precision: rounded up, it could exceed the bound
+// twofold. It is cut to 0.
+DPFAST_HOST_DEVICE double normal_or_zero(double weight) {
+  return std::fabs(weight) < 2.2250738585072014e-308 ? 0.0 : weight;
+}
+
+DPFAST_HOST_DEVICE double rule_weight(Clipping rule, double norm, double bound, double stability,
+                                      double custom) {
   const double n = norm < kTinyNorm ? 0.0 : norm;
   switch (rule) {
     case Clipping::kNone:
@@ -59,6 +64,16 @@ DPFAST_HOST_DEVICE double clipping_weight(Clipping rule, double norm, double bou
     }
   }
   return 0.0;
+}
+
+// What multiplies the sum of a unit's rows. averaged_rows: their number where the unit's gradient
+// is their mean (and norm the mean's), else 1. A unit with NaN or Inf gets exactly zero.
+DPFAST_HOST_DEVICE double clipping_weight(Clipping rule, double norm, double bound,
+                                          double stability, double custom,
+                                          double averaged_rows = 1.0) {
+  if (!(norm <= 1.7976931348623157e308)) return 0.0;
+  const double weight = normal_or_zero(rule_weight(rule, norm, bound, stability, custom));
+  return normal_or_zero(weight / averaged_rows);
 }
 
 // The weight cut to 29 significant bits, toward zero (2^-28 relative at most): its product with a

@@ -54,7 +54,7 @@ void write_element(char* where, DType dtype, double value) {
 struct Problem {
   std::vector<Tensor> tensors;
   std::vector<Buffer> grads;
-  std::vector<std::int64_t> unit_of_row, row_order, unit_start, unit_count;
+  std::vector<std::int64_t> row_order, unit_start, unit_count;
   std::vector<double> bounds, noise_weights, custom, given;
   ClipAndNoise call{};
 };
@@ -99,13 +99,11 @@ void make_units(Problem& problem) {
   if (pick(2)) return;
   const std::int64_t distinct = std::max<std::int64_t>(1, call.num_rows / 3);
   std::vector<std::vector<std::int64_t>> rows(call.num_rows);
-  problem.unit_of_row.resize(call.num_rows);
   std::int64_t used = 0;
   std::vector<std::int64_t> rank(distinct, -1);
   for (std::int64_t b = 0; b < call.num_rows; ++b) {
     std::int64_t& unit = rank[pick(static_cast<int>(distinct))];
     if (unit < 0) unit = used++;
-    problem.unit_of_row[b] = unit;
     rows[unit].push_back(b);
   }
   problem.unit_start.push_back(0);
@@ -114,9 +112,7 @@ void make_units(Problem& problem) {
     problem.unit_start.push_back(static_cast<std::int64_t>(problem.row_order.size()));
   }
   problem.row_order.push_back(0);  // so that data() is never null
-  problem.unit_of_row.push_back(0);
   problem.unit_count = {used};
-  call.unit_of_row = problem.unit_of_row.data();
   call.row_order = problem.row_order.data();
   call.unit_start = problem.unit_start.data();
   call.unit_count = problem.unit_count.data();
@@ -238,7 +234,7 @@ void compare(const Problem& problem, const Result& cpu, const Result& gpu, cpu::
                "  trial %d: tensors %zu rows %lld units %d groups %d rule %d norm %d mechanism %d "
                "percentile %g given %d status %d\n",
                trial, problem.tensors.size(), static_cast<long long>(call.num_rows),
-               call.unit_of_row != nullptr, call.num_groups, static_cast<int>(call.clipping),
+               call.unit_start != nullptr, call.num_groups, static_cast<int>(call.clipping),
                static_cast<int>(call.norm), static_cast<int>(call.mechanism), call.percentile,
                call.given_norms != nullptr, static_cast<int>(status));
 }
@@ -253,11 +249,11 @@ void cuda_equals_cpu(int trial) {
   const ClipAndNoise& call = problem.call;
   cpu::Status status = cpu::Status::kOk;
   const Result on_cpu =
-      solve(problem, cpu::workspace_bytes(chunks, call.num_rows, call.num_units, call.num_groups),
+      solve(problem, cpu::workspace_bytes(chunks, call.num_units, call.num_groups),
             [&](const ClipAndNoise& ready) { status = cpu::clip_and_noise(ready, 2); });
   emulation::backwards = trial % 2 == 1;
   const Result on_gpu =
-      solve(problem, cuda::workspace_bytes(chunks, call.num_rows, call.num_units, call.num_groups),
+      solve(problem, cuda::workspace_bytes(chunks, call.num_units, call.num_groups),
             [&](const ClipAndNoise& ready) { cuda::clip_and_noise(ready, 0, nullptr); });
   compare(problem, on_cpu, on_gpu, status, trial);
 }

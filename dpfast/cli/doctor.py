@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,8 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dpfast import NoiseSource, _native, clip_and_noise
-from dpfast import reference
+from dpfast import NoiseSource, _native, clip_and_noise, reference
 
 __all__ = ["Check", "doctor", "run_checks"]
 
@@ -45,7 +44,7 @@ def _grads(dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     return [grad.to(dtype).to(device) for grad in grads]
 
 
-def _relative_error(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
+def _relative_error(got: Sequence[torch.Tensor], want: list[torch.Tensor]) -> float:
     size = max(float(w.abs().max()) for w in want)
     return max(
         float((g.cpu().double() - w).abs().max()) for g, w in zip(got, want, strict=True)

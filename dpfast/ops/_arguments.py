@@ -257,7 +257,7 @@ def check_divisor(expected_batch_size: Any) -> float:
     if expected_batch_size is None:
         return 1.0
     return _validate.number(
-        NAME, "expected_batch_size", expected_batch_size, minimum=0.0, maximum=1e30, exclusive=True
+        NAME, "expected_batch_size", expected_batch_size, minimum=1e-30, maximum=1e30
     )
 
 

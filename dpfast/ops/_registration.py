@@ -47,30 +47,49 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + (reach + 1) * tensor.element_size()
 
 
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory: a stride within the reach of the smaller ones."""
+    reach = 0
+    for stride, size in sorted(
+        (s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1
+    ):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
 def _refuse_overlap(grad_samples: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> None:
     """Memory that is written must be read or written by nobody else."""
     spans = [(*_extent(t), False) for t in grad_samples if t.numel()]
     spans += [(*_extent(t), True) for t in out if t.numel()]
     end, written_end = 0, 0  # furthest byte seen, and furthest written one
+    shared = any(_overlaps_itself(t) for t in out if t.numel())
     for start, stop, written in sorted(spans):
-        if start < (end if written else written_end):
-            raise ValueError("clip_and_noise: out must not share memory with itself or the input")
+        shared = shared or start < (end if written else written_end)
         end = max(end, stop)
         if written:
             written_end = max(written_end, stop)
+    if shared:
+        raise ValueError("clip_and_noise: out must not share memory with itself or the input")
+
+
+def _rows(grad: torch.Tensor, num_rows: int, numel: int) -> torch.Tensor:
+    """(B, P) with contiguous columns; a copy only where they are not."""
+    rows = grad.resolve_neg().reshape(num_rows, numel)
+    return rows if numel <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
 def _rank_units(
     ids: torch.Tensor, num_units: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unit of each row, rows sorted by unit, start of each unit, number of units; no sync."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows sorted by unit, the start of each unit among them, the number of units; no sync."""
     sorted_ids, order = torch.sort(ids, stable=True)
     is_first = torch.ones_like(sorted_ids)
     is_first[1:] = (sorted_ids[1:] != sorted_ids[:-1]).to(torch.int64)
     rank = torch.cumsum(is_first, 0) - 1
-    unit_of_row = torch.empty_like(order).scatter_(0, order, rank)
     slots = torch.arange(num_units + 1, device=ids.device)
-    return unit_of_row, order, torch.searchsorted(rank, slots), is_first.sum()
+    return order, torch.searchsorted(rank, slots), is_first.sum()
 
 
 def _run(
@@ -105,9 +124,9 @@ def _run(
     _refuse_overlap(grad_samples, out)
     num_rows = grad_samples[0].shape[0]
     num_units = _num_units(grad_samples, custom_weights, norms)
-    unit_of_row = row_order = unit_start = unit_count = None
+    row_order = unit_start = unit_count = None
     if privacy_unit_ids is not None:
-        unit_of_row, row_order, unit_start, unit_count = _rank_units(privacy_unit_ids, num_units)
+        row_order, unit_start, unit_count = _rank_units(privacy_unit_ids, num_units)
     noisy = mechanism != "none" and noise_multiplier != 0.0
     if noisy and noise_state is None:
         noise_state = default_state(device)
@@ -127,7 +146,6 @@ def _run(
         single_precision_norms=norms is not None and norms.dtype != torch.float64,
         divisor=divisor,
         accumulate=accumulate,
-        unit_of_row=unit_of_row,
         row_order=row_order,
         unit_start=unit_start,
         unit_count=unit_count,
@@ -136,9 +154,7 @@ def _run(
         custom_weights=_contiguous_float64(custom_weights),
         noise_state=noise_state if noisy else None,
     )
-    rows = [
-        g.resolve_neg().reshape(num_rows, o.numel()) for g, o in zip(grad_samples, out, strict=True)
-    ]
+    rows = [_rows(g, num_rows, o.numel()) for g, o in zip(grad_samples, out, strict=True)]
     results = [o if o.is_contiguous() and not o.is_neg() else o.contiguous() for o in out]
     stats = _native.clip_and_noise(rows, results, settings)
     for target, result in zip(out, results, strict=True):

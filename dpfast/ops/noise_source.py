@@ -15,6 +15,7 @@ from dpfast.errors import PrivacyError
 __all__ = ["NoiseSource", "default_state"]
 
 _KEY_WORDS = 4  # int64 words of a 256-bit key; the fifth word counts steps
+_MAX_STEP = 2**62  # the count is a signed 64-bit number and must never wrap
 _FORMAT = "dpfast.NoiseSource/1"
 
 
@@ -35,8 +36,9 @@ class NoiseSource:
     Without a seed the 256-bit key comes from the operating system. With a seed the noise can be
     recomputed by whoever knows the seed: ``secure`` is False and no privacy guarantee holds.
 
-    A source cannot be copied or pickled, since a copy would repeat its noise; a forked child
-    process gets a key of its own. The key is a secret: who holds it can subtract the noise.
+    A source cannot be copied or pickled, since a copy would repeat its noise. In a forked child
+    process a secure source gets a key of its own; a seeded one repeats its parent's noise. The key
+    is a secret: who holds it can subtract the noise.
 
     Args:
       seed: an int >= 0 for reproducible, insecure noise; None for the operating system's key.
@@ -103,7 +105,7 @@ class NoiseSource:
         if not isinstance(state, dict) or not fields <= state.keys() or state["format"] != _FORMAT:
             raise ValueError(f"NoiseSource: state must be a dict of format {_FORMAT}")
         secure, step = state["secure"], state["step"]
-        if not isinstance(secure, bool) or type(step) is not int or step < 0:
+        if not isinstance(secure, bool) or type(step) is not int or not 0 <= step < _MAX_STEP:
             raise ValueError("NoiseSource: state has a damaged 'secure' or 'step'")
         if secure != self._secure:
             raise PrivacyError(
