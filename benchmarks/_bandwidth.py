@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from benchmarks._timing import Contender
+from benchmarks._timing import Contender, largest_cache_bytes
 from dpfast import _native
 
 __all__ = ["Bandwidth"]
@@ -14,12 +12,6 @@ __all__ = ["Bandwidth"]
 _CPU_BUFFER_BYTES = 512 * 2**20
 _CUDA_BUFFER_BYTES = 2**30
 _QUICK_BUFFER_BYTES = 64 * 2**20
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-
-
-def _largest_cache_bytes() -> int:
-    sizes = [path.read_text().strip() for path in _CACHES.glob("index*/size")]
-    return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=0)
 
 
 class Bandwidth:
@@ -42,7 +34,7 @@ class Bandwidth:
             self.contenders = [Contender("copy", lambda: target.copy_(source))]
         else:
             size = _QUICK_BUFFER_BYTES if quick else _CPU_BUFFER_BYTES
-            size = max(size, 0 if quick else 4 * _largest_cache_bytes())
+            size = max(size, 0 if quick else 4 * largest_cache_bytes())
             data = torch.rand(size // 4)
             self.bytes = data.numel() * 4
             self.contenders = [

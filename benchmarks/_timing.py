@@ -7,9 +7,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
+
+from dpfast import _native
 
 __all__ = [
     "Clock",
@@ -18,6 +21,7 @@ __all__ = [
     "Summary",
     "capture",
     "clock_for",
+    "largest_cache_bytes",
     "measure",
     "ratio",
     "summarise",
@@ -26,6 +30,13 @@ __all__ = [
 _BLOCK_SECONDS = 5e-3  # a block of repeats lasts at least this long, far above a clock's resolution
 _MAX_REPEATS = 1000
 _MIN_ROUNDS = 5
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+def largest_cache_bytes() -> int:
+    """Size of the processor's last-level cache, 0 where the system does not tell."""
+    sizes = [path.read_text().strip() for path in _CACHES.glob("index*/size")]
+    return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=0)
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,9 @@ class Contender:
 class Clock(Protocol):
     """How one device measures time."""
 
+    def evict(self) -> None:
+        """Empty the caches of what the contender before has left there."""
+
     def seconds(self, call: Callable[[], object], repeats: int) -> float:
         """Duration of `repeats` calls."""
 
@@ -58,6 +72,12 @@ class _HostClock:
     # from the next contender's own threads.
     settle_seconds = 0.01
 
+    def __init__(self) -> None:
+        self._other = torch.zeros(2 * largest_cache_bytes() // 4)
+
+    def evict(self) -> None:
+        _native.read_all(self._other)
+
     def seconds(self, call: Callable[[], object], repeats: int) -> float:
         start = time.perf_counter()
         for _ in range(repeats):
@@ -69,6 +89,12 @@ class _HostClock:
 
 
 class _CudaClock:
+    def __init__(self) -> None:
+        self._other = torch.zeros(2**26, device="cuda")  # 256 MiB: above any L2
+
+    def evict(self) -> None:
+        self._other.zero_()
+
     def seconds(self, call: Callable[[], object], repeats: int) -> float:
         start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -115,6 +141,11 @@ def _time_block(contender: Contender, clock: Clock, repeats: int) -> float:
         # Short calls are timed as in a loop of their own, not with the caches that the contender
         # before them left behind.
         contender.call()
+    else:
+        # A long call's data do not fit in a cache; where the contender before stopped reading
+        # must not matter.
+        clock.evict()
+        clock.settle()
     return clock.seconds(contender.call, repeats) / repeats
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
@@ -42,8 +42,7 @@ CLIPPING_CODES = {
 }
 
 
-@dataclass(frozen=True)
-class NativeSettings:
+class NativeSettings(TypedDict):
     """One call's settings, already checked; tensors are contiguous and on the kernel's device."""
 
     num_units: int
@@ -82,16 +81,19 @@ def clip_and_noise(
     """Run the kernels.
 
     Args:
-      grad_samples: each (B, P_k) with contiguous columns.
-      out: each (P_k,), contiguous.
+      grad_samples: each contiguous (B, *param_shape), or (B, P_k) with contiguous columns.
+      out: each contiguous, with P_k elements.
       settings: see NativeSettings.
 
     Returns:
       threshold (G,) and norms (G, U) in float64, and the number of non-finite units (int64, 0-d).
+
+    Raises:
+      ValueError: memory that is written is also read or written elsewhere in the call.
     """
     device = grad_samples[0].device
     num_rows = grad_samples[0].shape[0]
-    groups, units = settings.num_groups, settings.num_units
+    groups, units = settings["num_groups"], settings["num_units"]
     threshold = torch.empty(groups, dtype=torch.float64, device=device)
     norms = torch.empty(groups, units, dtype=torch.float64, device=device)
     nonfinite = torch.zeros((), dtype=torch.int64, device=device)
@@ -105,37 +107,28 @@ def clip_and_noise(
         (
             grad.data_ptr(),
             result.data_ptr(),
-            grad.stride(0),
+            grad.stride(0) if grad.dim() == 2 else numel,
             numel,
             DTYPE_CODES[grad.dtype],
             k if groups > 1 else 0,
         )
         for k, (grad, result, numel) in enumerate(zip(grad_samples, out, numels, strict=True))
     ]
+    percentile = settings["percentile"]
     arguments = {
+        **settings,
         "num_rows": num_rows,
-        "num_units": units,
-        "num_groups": groups,
-        "row_order": _address(settings.row_order),
-        "unit_start": _address(settings.unit_start),
-        "unit_count": _address(settings.unit_count),
-        "average_rows": settings.average_rows,
-        "clipping": CLIPPING_CODES[settings.clipping],
-        "stability": settings.stability,
-        "norm": NORM_CODES[settings.norm],
-        "percentile": -1.0 if settings.percentile is None else settings.percentile,
-        "bounds": list(settings.bounds),
-        "device_bounds": _address(settings.device_bounds),
-        "given_norms": _address(settings.given_norms),
-        "single_precision_norms": settings.single_precision_norms,
-        "custom_weights": _address(settings.custom_weights),
-        "mechanism": MECHANISM_CODES[settings.mechanism],
-        "noise_multiplier": settings.noise_multiplier,
-        "group_noise_weights": list(settings.group_noise_weights),
-        "proportional_noise": settings.proportional_noise,
-        "noise_state": _address(settings.noise_state),
-        "divisor": settings.divisor,
-        "accumulate": settings.accumulate,
+        "row_order": _address(settings["row_order"]),
+        "unit_start": _address(settings["unit_start"]),
+        "unit_count": _address(settings["unit_count"]),
+        "clipping": CLIPPING_CODES[settings["clipping"]],
+        "norm": NORM_CODES[settings["norm"]],
+        "percentile": -1.0 if percentile is None else percentile,
+        "device_bounds": _address(settings["device_bounds"]),
+        "given_norms": _address(settings["given_norms"]),
+        "custom_weights": _address(settings["custom_weights"]),
+        "mechanism": MECHANISM_CODES[settings["mechanism"]],
+        "noise_state": _address(settings["noise_state"]),
         "threshold": threshold.data_ptr(),
         "norms": norms.data_ptr(),
         "nonfinite": nonfinite.data_ptr(),

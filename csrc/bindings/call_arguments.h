@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -45,6 +46,40 @@ inline void read_tensors(const std::vector<TensorTuple>& tuples, CallArguments& 
     }
     arguments.tensors.push_back({pointer<const void>(grad), pointer<void>(out), row_stride, numel,
                                  static_cast<DType>(checked_enum(dtype, 4, "dtype")), group});
+  }
+}
+
+// Memory that is written must be read or written by nobody else. (dpfast/ops/_registration.py
+// checks the originals of what it copied.)
+inline void refuse_overlap(const CallArguments& arguments) {
+  struct Span {
+    std::uintptr_t start, stop;
+    bool written;
+  };
+  std::vector<Span> spans;
+  const std::int64_t rows = arguments.call.num_rows;
+  for (const Tensor& tensor : arguments.tensors) {
+    if (tensor.numel == 0) continue;
+    const std::uintptr_t grad = reinterpret_cast<std::uintptr_t>(tensor.grad);
+    const std::uintptr_t out = reinterpret_cast<std::uintptr_t>(tensor.out);
+    const std::int64_t item = item_size(tensor.dtype);
+    if (rows > 0) {
+      const std::int64_t reach = (rows - 1) * tensor.row_stride + tensor.numel;
+      spans.push_back({grad, grad + static_cast<std::uintptr_t>(reach * item), false});
+    }
+    const std::int64_t out_item = tensor.dtype == DType::kFloat64 ? 8 : 4;
+    spans.push_back({out, out + static_cast<std::uintptr_t>(tensor.numel * out_item), true});
+  }
+  std::sort(spans.begin(), spans.end(),
+            [](const Span& a, const Span& b) { return a.start < b.start; });
+  std::uintptr_t end = 0, written_end = 0;
+  for (const Span& span : spans) {
+    if (span.start < (span.written ? end : written_end)) {
+      throw std::invalid_argument(
+          "clip_and_noise: out must not share memory with itself or the input");
+    }
+    end = std::max(end, span.stop);
+    if (span.written) written_end = std::max(written_end, span.stop);
   }
 }
 
@@ -98,6 +133,7 @@ inline void read_settings(const py::dict& settings, CallArguments& arguments) {
   if (call.percentile < 0.0 && call.bounds == nullptr && call.device_bounds == nullptr) {
     throw std::invalid_argument("clip_and_noise: one bound per group is needed");
   }
+  refuse_overlap(arguments);
 }
 
 inline std::int64_t total_chunks(const std::vector<std::int64_t>& numels) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -11,6 +12,25 @@
 
 namespace dpfast::cpu {
 namespace {
+
+// Waking a sleeping thread takes tens of microseconds. The two passes of a call follow one another
+// closely, so that a thread looks out for more work this long before it sleeps.
+constexpr auto kSpinTime = std::chrono::microseconds(50);
+constexpr int kLooksPerClock = 64;
+
+template <class Condition>
+bool spin_until(const Condition& condition) {
+  const auto end = std::chrono::steady_clock::now() + kSpinTime;
+  do {
+    for (int i = 0; i < kLooksPerClock; ++i) {
+      if (condition()) return true;
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
 
 class ThreadPool {
  public:
@@ -21,38 +41,46 @@ class ThreadPool {
       std::lock_guard<std::mutex> lock(mutex_);
       while (static_cast<int>(workers_.size()) < helpers) {
         const int index = static_cast<int>(workers_.size());
-        workers_.emplace_back([this, index, seen = generation_] { work(index, seen); });
+        workers_.emplace_back([this, index, seen = generation_.load()] { work(index, seen); });
       }
       task_ = &task;
       count_ = count;
-      next_.store(0, std::memory_order_relaxed);
+      next_.store(0);
       helpers_ = helpers;
-      running_ = helpers;
-      ++generation_;
+      running_.store(helpers);
+      generation_.fetch_add(1);
     }
     wake_.notify_all();
     drain();
+    const auto finished = [this] { return running_.load() == 0; };
+    if (spin_until(finished)) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return running_ == 0; });
+    done_.wait(lock, finished);
   }
 
  private:
   void drain() {
-    for (std::int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
-      (*task_)(i);
-    }
+    for (std::int64_t i; (i = next_.fetch_add(1)) < count_;) (*task_)(i);
   }
 
   void work(int index, std::uint64_t seen) {
-    std::unique_lock<std::mutex> lock(mutex_);
+    const auto called = [&] { return generation_.load() != seen; };
     for (;;) {
-      wake_.wait(lock, [&] { return generation_ != seen; });
-      seen = generation_;
-      if (index >= helpers_) continue;
-      lock.unlock();
+      if (!spin_until(called)) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, called);
+      }
+      {
+        // run() sets up a generation under the lock: here it is complete.
+        std::lock_guard<std::mutex> lock(mutex_);
+        seen = generation_.load();
+        if (index >= helpers_) continue;
+      }
       drain();
-      lock.lock();
-      if (--running_ == 0) done_.notify_one();
+      if (running_.fetch_sub(1) == 1) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        done_.notify_one();
+      }
     }
   }
 
@@ -64,8 +92,8 @@ class ThreadPool {
   std::atomic<std::int64_t> next_{0};
   std::int64_t count_ = 0;
   int helpers_ = 0;
-  int running_ = 0;
-  std::uint64_t generation_ = 0;
+  std::atomic<int> running_{0};
+  std::atomic<std::uint64_t> generation_{0};
 };
 
 // Never destroyed: worker threads may outlive static destruction. A forked child has none of the

@@ -60,7 +60,10 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def _refuse_overlap(grad_samples: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> None:
-    """Memory that is written must be read or written by nobody else."""
+    """Memory that is written must be read or written by nobody else.
+
+    For layouts that are copied; of contiguous tensors the native call checks the same itself.
+    """
     spans = [(*_extent(t), False) for t in grad_samples if t.numel()]
     spans += [(*_extent(t), True) for t in out if t.numel()]
     end, written_end = 0, 0  # furthest byte seen, and furthest written one
@@ -72,6 +75,10 @@ def _refuse_overlap(grad_samples: Sequence[torch.Tensor], out: Sequence[torch.Te
             written_end = max(written_end, stop)
     if shared:
         raise ValueError("clip_and_noise: out must not share memory with itself or the input")
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and not tensor.is_neg()
 
 
 def _rows(grad: torch.Tensor, num_rows: int, numel: int) -> torch.Tensor:
@@ -121,8 +128,15 @@ def _run(
             "clip_and_noise: grad_samples are on CUDA, but this build of dpfast has no CUDA "
             "kernels; reinstall it with nvcc on PATH (DPFAST_CUDA=ON makes their absence an error)"
         )
-    _refuse_overlap(grad_samples, out)
     num_rows = grad_samples[0].shape[0]
+    rows, results = grad_samples, out
+    if not (all(map(_plain, grad_samples)) and all(map(_plain, out))):
+        _refuse_overlap(grad_samples, out)
+        rows = [
+            g if _plain(g) else _rows(g, num_rows, o.numel())
+            for g, o in zip(grad_samples, out, strict=True)
+        ]
+        results = [o if _plain(o) else o.resolve_neg().contiguous() for o in out]
     num_units = _num_units(grad_samples, custom_weights, norms)
     row_order = unit_start = unit_count = None
     if privacy_unit_ids is not None:
@@ -154,8 +168,6 @@ def _run(
         custom_weights=_contiguous_float64(custom_weights),
         noise_state=noise_state if noisy else None,
     )
-    rows = [_rows(g, num_rows, o.numel()) for g, o in zip(grad_samples, out, strict=True)]
-    results = [o if o.is_contiguous() and not o.is_neg() else o.contiguous() for o in out]
     stats = _native.clip_and_noise(rows, results, settings)
     for target, result in zip(out, results, strict=True):
         if target is not result:

@@ -244,7 +244,7 @@ def clip_and_noise(
     results = args.check_out(out, tensors, keys, accumulate)
 
     threshold, unit_norms, nonfinite = clip_and_noise_op(
-        [tensor.detach() for tensor in tensors],
+        [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors],
         results,
         None if noise is None else noise.state_on(device),
         bounds=bounds.values,
