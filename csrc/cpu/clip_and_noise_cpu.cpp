@@ -298,13 +298,13 @@ void sum_task(const ClipAndNoise& call, const double* all_weights, const Release
   alignas(64) Out noise[kNoiseBlock];
   for (std::int64_t first = 0; first < run.length; first += kNoiseBlock) {
     const std::int64_t count = std::min(kNoiseBlock, run.length - first);
-    for (std::int64_t j = 0; noisy && j < count; j += math::kNoiseGroup) {
-      const std::int64_t end = std::min<std::int64_t>(j + math::kNoiseGroup, count);
-      const Prefetch wanted{rows, first_rows, (first + j) * item_size(tensor.dtype),
-                            (first + end) * item_size(tensor.dtype)};
+    if (noisy) {
+      const Prefetch wanted{rows, first_rows, first * item_size(tensor.dtype),
+                            (first + count) * item_size(tensor.dtype)};
       (isa.*Precision::kNoise)(release.stream, static_cast<std::uint32_t>(run.tensor),
-                               (run.start + first + j) / math::kNoiseGroup, call.mechanism, wanted,
-                               noise + j);
+                               (run.start + first) / math::kNoiseGroup,
+                               (count + math::kNoiseGroup - 1) / math::kNoiseGroup, call.mechanism,
+                               wanted, noise);
     }
     (isa.*Precision::kStart)(noisy ? noise : nullptr, noisy ? release.scales[tensor.group] : 0.0,
                              call.accumulate ? out + first : nullptr, count, sums + first);
@@ -377,17 +377,19 @@ Status clip_and_noise(const ClipAndNoise& call, int num_threads) {
 
 void fill_noise(const math::NoiseStream& stream, std::uint32_t tensor, math::Mechanism mechanism,
                 std::int64_t count, float* single, double* dual, int num_threads) {
-  const std::int64_t groups = (count + math::kNoiseGroup - 1) / math::kNoiseGroup;
-  for_each(groups, count * 8, num_threads, [&](std::int64_t group) {
-    const std::int64_t first = group * math::kNoiseGroup;
-    const std::int64_t wanted = std::min<std::int64_t>(math::kNoiseGroup, count - first);
+  const std::int64_t blocks = (count + kNoiseBlock - 1) / kNoiseBlock;
+  for_each(blocks, count * 8, num_threads, [&](std::int64_t block) {
+    const std::int64_t first = block * kNoiseBlock;
+    const std::int64_t wanted = std::min(kNoiseBlock, count - first);
+    const std::int64_t group = first / math::kNoiseGroup;
+    const std::int64_t groups = (wanted + math::kNoiseGroup - 1) / math::kNoiseGroup;
     if (single != nullptr) {
-      float noise[math::kNoiseGroup];
-      kernels().noise_single(stream, tensor, group, mechanism, Prefetch{}, noise);
+      float noise[kNoiseBlock];
+      kernels().noise_single(stream, tensor, group, groups, mechanism, Prefetch{}, noise);
       std::copy(noise, noise + wanted, single + first);
     } else {
-      double noise[math::kNoiseGroup];
-      kernels().noise_double(stream, tensor, group, mechanism, Prefetch{}, noise);
+      double noise[kNoiseBlock];
+      kernels().noise_double(stream, tensor, group, groups, mechanism, Prefetch{}, noise);
       std::copy(noise, noise + wanted, dual + first);
     }
   });

@@ -50,13 +50,15 @@ struct Kernels {
   void (*finish_single)(const double* sums, double factor, std::int64_t length, float* out);
   void (*finish_double)(const double* sums, double factor, std::int64_t length, double* out);
 
-  // Noise of elements [256 * group, 256 * group + 256) of a tensor, standard scale. In single
+  // Standard noise of elements [256 * group, 256 * (group + num_groups)) of a tensor. In single
   // precision the lines of `wanted` are asked for meanwhile, spread over the computation: a burst
   // would fill the miss buffers and hold the arithmetic up.
   void (*noise_single)(const math::NoiseStream& stream, std::uint32_t tensor, std::int64_t group,
-                       math::Mechanism mechanism, const Prefetch& wanted, float* out);
+                       std::int64_t num_groups, math::Mechanism mechanism, const Prefetch& wanted,
+                       float* out);
   void (*noise_double)(const math::NoiseStream& stream, std::uint32_t tensor, std::int64_t group,
-                       math::Mechanism mechanism, const Prefetch& wanted, double* out);
+                       std::int64_t num_groups, math::Mechanism mechanism, const Prefetch& wanted,
+                       double* out);
 
   // Reads everything once: the machine's read bandwidth, for the benchmarks.
   std::uint64_t (*read_all)(const void* data, std::int64_t bytes);

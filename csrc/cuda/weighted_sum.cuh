@@ -29,11 +29,10 @@ struct SumTask {
 
 __device__ inline void noise_of_thread(const SumTask& task, std::uint32_t tensor,
                                        std::uint32_t block, float out[math::kChaChaWords]) {
-  math::Nothing nothing;
   if (task.mechanism == math::Mechanism::kGaussian) {
-    math::gaussian_block<math::ScalarOps>(task.release->stream, tensor, block, out, nothing);
+    math::noise_block<math::Gaussian, math::ScalarOps>(task.release->stream, tensor, block, out);
   } else {
-    math::laplace_block<math::ScalarOps>(task.release->stream, tensor, block, out, nothing);
+    math::noise_block<math::Laplace, math::ScalarOps>(task.release->stream, tensor, block, out);
   }
 }
 

@@ -107,61 +107,93 @@ DPFAST_HOST_DEVICE void circle_point(typename Ops::U word, typename Ops::F& firs
   second = Ops::if_bit(word, 0x40000000u, c, s);
 }
 
-// 16 standard normals from the 16 words of a block, one block per lane.
-template <class Ops, class Between>
-DPFAST_HOST_DEVICE void gaussian_block(const NoiseStream& stream, std::uint32_t tensor,
-                                       typename Ops::U block, typename Ops::F out[kChaChaWords],
-                                       Between& between) {
+// Words below kExtensionBelow get 32 bits more, from the same words of a second block.
+template <class Ops>
+DPFAST_HOST_DEVICE typename Ops::F extended_fraction(typename Ops::U word, typename Ops::U more,
+                                                     float cell) {
   using F = typename Ops::F;
-  using U = typename Ops::U;
-  U words[kChaChaWords];
-  noise_words<Ops>(stream, tensor, block, words, between);
-  U lowest = words[0];
-  for (int p = 2; p < kChaChaWords; p += 2) lowest = Ops::minimum(lowest, words[p]);
-  const bool extend = Ops::any_less(lowest, kExtensionBelow);  // once in 8,192 blocks
-  U more[kChaChaWords];
-  if (extend) noise_words<Ops>(stream, tensor | kExtensionBit, block, more);
-  for (int p = 0; p < kChaChaWords; p += 2) {
-    F fraction = Ops::f(0.5f);
-    if (extend) {
-      const F fine = Ops::fma(Ops::to_float(more[p]), Ops::f(0x1p-32f), Ops::f(0x1p-33f));
-      fraction = Ops::if_less(words[p], Ops::u(kExtensionBelow), fine, fraction);
-    }
-    const F exponential = negative_log<Ops>(words[p], fraction);
+  const F fine = Ops::fma(Ops::to_float(more), Ops::f(cell * 0x1p-32f), Ops::f(cell * 0x1p-33f));
+  return Ops::if_less(word, Ops::u(kExtensionBelow), fine, Ops::f(cell * 0.5f));
+}
+
+// Two standard normals from a radius word and an angle word. fraction: of the radius's cell.
+struct Gaussian {
+  static constexpr int kEvery = 2;      // words of a block that may need more bits
+  static constexpr float kCell = 1.0f;  // integers that a cell of the magnitude spans
+
+  template <class Ops>
+  DPFAST_HOST_DEVICE void pair(const typename Ops::U words[2], const typename Ops::F fraction[2],
+                               typename Ops::F out[2]) {
+    using F = typename Ops::F;
+    const F exponential = negative_log<Ops>(words[0], fraction[0]);
     const F radius = Ops::sqrt(Ops::add(exponential, exponential));
     F first, second;
-    circle_point<Ops>(words[p + 1], first, second);
-    out[p] = Ops::mul(radius, first);
-    out[p + 1] = Ops::mul(radius, second);
-    between.step();
+    circle_point<Ops>(words[1], first, second);
+    out[0] = Ops::mul(radius, first);
+    out[1] = Ops::mul(radius, second);
+  }
+};
+
+// Two standard Laplace samples (scale 1), each from one word: bit 0 is the sign, so that a cell of
+// the magnitude is two integers wide.
+struct Laplace {
+  static constexpr int kEvery = 1;
+  static constexpr float kCell = 2.0f;
+
+  template <class Ops>
+  DPFAST_HOST_DEVICE void pair(const typename Ops::U words[2], const typename Ops::F fraction[2],
+                               typename Ops::F out[2]) {
+    for (int i = 0; i < 2; ++i) {
+      const typename Ops::F magnitude = negative_log<Ops>(words[i] & Ops::u(~1u), fraction[i]);
+      out[i] = Ops::as_float(Ops::as_uint(magnitude) ^ (words[i] << 31));
+    }
+  }
+};
+
+// Whether some lane needs the second block: once in 8,192 (Gaussian) or 4,096 (Laplace) blocks.
+template <class Law, class Ops>
+DPFAST_HOST_DEVICE bool needs_extension(const typename Ops::U words[kChaChaWords]) {
+  typename Ops::U lowest = words[0];
+  for (int w = Law::kEvery; w < kChaChaWords; w += Law::kEvery) {
+    lowest = Ops::minimum(lowest, words[w]);
+  }
+  return Ops::any_less(lowest, kExtensionBelow);
+}
+
+// 16 samples from the 16 words of a block where needs_extension() is true; more: the same words of
+// the second block.
+template <class Law, class Ops>
+DPFAST_HOST_DEVICE void extended_samples(const typename Ops::U words[kChaChaWords],
+                                         const typename Ops::U more[kChaChaWords],
+                                         typename Ops::F out[kChaChaWords]) {
+  for (int w = 0; w < kChaChaWords; w += 2) {
+    const typename Ops::F fraction[2] = {
+        extended_fraction<Ops>(words[w], more[w], Law::kCell),
+        extended_fraction<Ops>(words[w + 1], more[w + 1], Law::kCell)};
+    Law::template pair<Ops>(words + w, fraction, out + w);
   }
 }
 
-// 16 standard Laplace samples (scale 1) from the 16 words of a block.
-template <class Ops, class Between>
-DPFAST_HOST_DEVICE void laplace_block(const NoiseStream& stream, std::uint32_t tensor,
-                                      typename Ops::U block, typename Ops::F out[kChaChaWords],
-                                      Between& between) {
-  using F = typename Ops::F;
-  using U = typename Ops::U;
-  U words[kChaChaWords];
-  noise_words<Ops>(stream, tensor, block, words, between);
-  U lowest = words[0];
-  for (int i = 1; i < kChaChaWords; ++i) lowest = Ops::minimum(lowest, words[i]);
-  const bool extend = Ops::any_less(lowest, kExtensionBelow);  // once in 4,096 blocks
-  U more[kChaChaWords];
-  if (extend) noise_words<Ops>(stream, tensor | kExtensionBit, block, more);
-  for (int i = 0; i < kChaChaWords; ++i) {
-    // Bit 0 is the sign, so a cell of the magnitude is two integers wide.
-    F fraction = Ops::f(1.0f);
-    if (extend) {
-      const F fine = Ops::fma(Ops::to_float(more[i]), Ops::f(0x1p-31f), Ops::f(0x1p-32f));
-      fraction = Ops::if_less(words[i], Ops::u(kExtensionBelow), fine, fraction);
-    }
-    const F magnitude = negative_log<Ops>(words[i] & Ops::u(~1u), fraction);
-    out[i] = Ops::as_float(Ops::as_uint(magnitude) ^ (words[i] << 31));
-    between.step();
+template <class Law, class Ops>
+DPFAST_HOST_DEVICE void plain_pair(const typename Ops::U words[2], typename Ops::F out[2]) {
+  const typename Ops::F half = Ops::f(0.5f * Law::kCell);
+  const typename Ops::F fraction[2] = {half, half};
+  Law::template pair<Ops>(words, fraction, out);
+}
+
+// 16 samples from the 16 words of a block, one block per lane.
+template <class Law, class Ops>
+DPFAST_HOST_DEVICE void noise_block(const NoiseStream& stream, std::uint32_t tensor,
+                                    typename Ops::U block, typename Ops::F out[kChaChaWords]) {
+  typename Ops::U words[kChaChaWords];
+  noise_words<Ops>(stream, tensor, block, words);
+  if (needs_extension<Law, Ops>(words)) {
+    typename Ops::U more[kChaChaWords];
+    noise_words<Ops>(stream, tensor | kExtensionBit, block, more);
+    extended_samples<Law, Ops>(words, more, out);
+    return;
   }
+  for (int w = 0; w < kChaChaWords; w += 2) plain_pair<Law, Ops>(words + w, out + w);
 }
 
 // The same from two words each in double precision: 64 bits of radius and of angle. The words
