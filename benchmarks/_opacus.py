@@ -21,8 +21,6 @@ def reason_to_skip(case: Case, available_bytes: int) -> str | None:
       case: the row.
       available_bytes: memory left beside the row's own.
     """
-    if DPOptimizer is None:
-        return "Opacus is not installed"
     lacking = {
         "clipping rule " + case.rule: case.rule != "flat",
         case.mechanism + " noise": case.mechanism != "gaussian",
@@ -32,6 +30,8 @@ def reason_to_skip(case: Case, available_bytes: int) -> str | None:
     for feature, wanted in lacking.items():
         if wanted:
             return f"Opacus has no {feature}"
+    if DPOptimizer is None:
+        return "Opacus is not installed"
     # Gradients of another type than the parameters' are copied to float32 first; where it copies
     # besides depends on PyTorch's version, so one copy is always allowed for.
     copies = 1 if case.dtype == "float32" else 2

@@ -23,7 +23,7 @@ _SCHEMA = (
 torch.library.define(
     "dpfast::clip_and_noise_",
     _SCHEMA,
-    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.needs_exact_strides),
+    tags=(torch.Tag.nondeterministic_seeded,),
 )
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -287,6 +288,7 @@ def cpu_lacks(name):
 def run_with_isa(name, code):
     return subprocess.run(
         [sys.executable, "-c", code],
+        cwd=tempfile.gettempdir(),  # the source folder would hide an installed package
         env={**os.environ, "DPFAST_FORCE_ISA": name},
         capture_output=True,
         text=True,

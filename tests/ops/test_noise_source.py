@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -119,7 +120,10 @@ threads = [threading.Thread(target=work) for _ in range(8)]
 drawn = torch.stack(results)
 assert len(drawn[:, 0].unique()) == len(drawn) == 160
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    # Elsewhere than in the source folder, which would hide an installed package.
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, cwd=tempfile.gettempdir()
+    )
 
 
 # --- checkpoints ---
@@ -281,4 +285,4 @@ assert theirs[1][1] >= 1
 def test_noise_source_gives_a_forked_child_other_noise(threads):
     # With two threads the pool's threads are lost in the child, which must start its own.
     code = FORK.replace("THREADS", str(threads))
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=tempfile.gettempdir())
