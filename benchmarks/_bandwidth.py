@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import torch
 
 from benchmarks._timing import Contender, largest_cache_bytes
@@ -43,6 +45,9 @@ class Bandwidth:
             ]
 
     def per_round(self, times: dict[str, list[float]]) -> list[float]:
-        """Bytes per second in every round: the best of the contenders."""
+        """Bytes per second in every round, by the contender that is faster over all rounds.
+
+        The better of two measurements in each round would be biased upwards by their noise.
+        """
         rows = [times[contender.name] for contender in self.contenders]
-        return [self.bytes / min(seconds) for seconds in zip(*rows, strict=True)]
+        return [self.bytes / seconds for seconds in min(rows, key=statistics.median)]

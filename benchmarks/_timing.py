@@ -145,7 +145,6 @@ def _time_block(contender: Contender, clock: Clock, repeats: int) -> float:
         # A long call's data do not fit in a cache; where the contender before stopped reading
         # must not matter.
         clock.evict()
-        clock.settle()
     return clock.seconds(contender.call, repeats) / repeats
 
 

@@ -22,12 +22,12 @@ constexpr std::int64_t kTaskBytes = 1 << 18;      // what a task should read
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // Memory is read at full speed only in long runs: 16 chunks of a row (256 KB of float32) in the
-// norm pass, and 8 rows side by side over up to 32,768 columns in the sum pass, whose sums
+// norm pass, and 4 rows side by side over up to 32,768 columns in the sum pass, whose sums
 // (256 KB) stay in L2.
 constexpr std::int64_t kSpanChunks = 16;
 constexpr std::int64_t kMaxSpan = 32768;
 constexpr std::int64_t kRowSlab = 256;      // row pointers gathered at once
-constexpr std::int64_t kNoiseBlock = 8192;  // columns of noise made while 8 rows of them arrive
+constexpr std::int64_t kNoiseBlock = 2048;  // columns of noise made while 4 rows of them arrive
 
 // Columns [start, start + length) of one tensor.
 struct Run {

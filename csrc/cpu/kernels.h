@@ -20,7 +20,7 @@ struct Prefetch {
 
 // Rows that weighted_sum adds in one pass over the sums. More rows mean less traffic on the sums,
 // but more streams than the prefetchers follow, and rows a power of two apart share cache sets.
-constexpr std::int64_t kRowsPerPass = 8;
+constexpr std::int64_t kRowsPerPass = 4;
 
 struct Kernels {
   const char* name;
