@@ -24,7 +24,9 @@ __all__ = [
     "build_info",
     "chacha20_block",
     "clip_and_noise",
+    "cuda_driver_version",
     "fill_noise",
+    "has_cuda_kernels",
     "read_all",
 ]
 

@@ -14,7 +14,9 @@ __all__ = [
     "MIN_BOUND",
     "batch_of",
     "choice",
+    "flag",
     "number",
+    "structure",
     "tensor_like",
 ]
 

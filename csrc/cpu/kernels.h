@@ -1,7 +1,7 @@
 // The inner loops that exist once per instruction set, and the table that holds them.
 //
 // All sets give the same bits: element j of a chunk is always added to virtual lane j % 32, in
-// float64, without contraction to FMA.
+// float64, and FMA is used only where the product is exact.
 #pragma once
 
 #include <cstdint>

@@ -105,6 +105,12 @@ __device__ inline bool is_dropped(const WeightTask& task, std::int64_t unit) {
   return false;
 }
 
+// gamma of group g, once its threshold is known.
+__device__ inline double group_weight(const WeightTask& task, int g) {
+  if (task.proportional_noise) return task.threshold[g];
+  return task.noise_weights == nullptr ? 1.0 : task.noise_weights[g];
+}
+
 // Thresholds, scales, the factor and the stream. Groups are added in order by one thread.
 __device__ inline void prepare_release(const WeightTask& task, double percentile_threshold) {
   bool usable = task.unit_count == nullptr || *task.unit_count <= task.num_units;
@@ -116,16 +122,12 @@ __device__ inline void prepare_release(const WeightTask& task, double percentile
     // A percentile may be 0 (all norms are); a given bound may not.
     usable = usable && is_finite(bound) && (bound > 0.0 || task.percentile >= 0.0);
     task.threshold[g] = bound;
-    const double gamma = task.proportional_noise         ? bound
-                         : task.noise_weights == nullptr ? 1.0
-                                                         : task.noise_weights[g];
+    const double gamma = group_weight(task, g);
     total = math::add_group(total, bound, gamma, task.noise_l1);
   }
   for (int g = 0; g < task.num_groups; ++g) {
     const double bound = task.threshold[g];
-    const double gamma = task.proportional_noise         ? bound
-                         : task.noise_weights == nullptr ? 1.0
-                                                         : task.noise_weights[g];
+    const double gamma = group_weight(task, g);
     task.scales[g] = task.num_groups == 1
                          ? task.noise_multiplier * bound
                          : math::noise_scale(total, gamma, task.noise_multiplier, task.noise_l1);

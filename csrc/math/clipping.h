@@ -67,11 +67,12 @@ DPFAST_HOST_DEVICE double rule_weight(Clipping rule, double norm, double bound, 
 }
 
 // What multiplies the sum of a unit's rows. averaged_rows: their number where the unit's gradient
-// is their mean (and norm the mean's), else 1. A unit with NaN or Inf gets exactly zero.
+// is their mean (and norm the mean's), else 1. A unit with NaN or Inf gets exactly zero, and so
+// does a given "norm" below 0, which is none.
 DPFAST_HOST_DEVICE double clipping_weight(Clipping rule, double norm, double bound,
                                           double stability, double custom,
                                           double averaged_rows = 1.0) {
-  if (!(norm <= 1.7976931348623157e308)) return 0.0;
+  if (!(norm >= 0.0 && norm <= 1.7976931348623157e308)) return 0.0;
   const double weight = normal_or_zero(rule_weight(rule, norm, bound, stability, custom));
   return normal_or_zero(weight / averaged_rows);
 }

@@ -67,7 +67,7 @@ void weights_have_their_published_values() {
   DPFAST_CHECK(math::clipping_weight(Clipping::kCustom, 4.0, 1.0, 1.0, -3.0) == -0.25);
   DPFAST_CHECK(math::clipping_weight(Clipping::kCustom, 4.0, 1.0, 1.0, nan) == 0.0);
   for (int rule = 0; rule <= 6; ++rule) {
-    for (const double norm : {inf, nan}) {
+    for (const double norm : {inf, nan, -1.0}) {
       DPFAST_CHECK(math::clipping_weight(static_cast<Clipping>(rule), norm, 1.0, 0.1, 1.0) == 0.0);
     }
   }

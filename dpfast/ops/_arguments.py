@@ -109,15 +109,18 @@ def check_noise_weights(
     weights: Any, bounds: Bounds, keys: list[Any] | None, count: int
 ) -> NoiseWeights:
     """How group-wise noise is shared among the groups."""
+    one_bound = bounds.num_groups == 1 and count > 1
     if isinstance(weights, str):
         chosen = _validate.choice(NAME, "group_noise_weights", weights, ("equal", "proportional"))
+        if one_bound and chosen == "proportional":
+            raise ValueError(f"{NAME}: group_noise_weights needs one max_grad_norm per tensor")
         return NoiseWeights([], chosen == "proportional")
     if not _is_collection(weights):
         raise TypeError(
             f"{NAME}: group_noise_weights must be equal, proportional or one number per tensor, "
             f"got {type(weights).__name__}"
         )
-    if bounds.num_groups == 1 and count > 1:
+    if one_bound:
         raise ValueError(f"{NAME}: group_noise_weights needs one max_grad_norm per tensor")
     values = [
         _validate.number(NAME, "group_noise_weights", v, minimum=1e-30, maximum=1e30)

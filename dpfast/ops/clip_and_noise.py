@@ -63,6 +63,7 @@ def _guarantee(
     percentile: float | None,
     secure: bool,
     given_norms: bool,
+    accumulate: bool,
 ) -> Guarantee:
     broken = []
     if percentile is not None:
@@ -78,6 +79,10 @@ def _guarantee(
         conditions.append("each weight must depend on its own unit alone")
     if given_norms:
         conditions.append("norms must be those of these gradients")
+    if accumulate:
+        conditions.append("what out held must be noiseless sums under the same bound")
+    if mechanism == "laplace" and norm == "l2":
+        conditions.append("Laplace after an L2 clip: account as zCDP or GDP, not as pure epsilon")
     conditions.append("real arithmetic: the floating-point noise is not exact")
     return Guarantee(
         holds=not broken,
@@ -275,6 +280,6 @@ def clip_and_noise(
         sensitive_norms=unit_norms if grouped else unit_norms[0],
         sensitive_num_nonfinite=nonfinite,
         guarantee=_guarantee(
-            rule, mechanism, norm, multiplier, percentile, secure, norms is not None
+            rule, mechanism, norm, multiplier, percentile, secure, norms is not None, accumulate
         ),
     )

@@ -210,6 +210,8 @@ BAD_NOISE = [
     (ValueError, "group_noise_weights must be one of", {"group_noise_weights": "equals"}),
     (TypeError, "group_noise_weights must be equal, proportional or", {"group_noise_weights": 1.0}),
     (ValueError, "group_noise_weights needs one max_grad_norm", {"group_noise_weights": [1.0, 2]}),
+    (ValueError, "group_noise_weights needs one max_grad_norm",
+     {"group_noise_weights": "proportional"}),
     (ValueError, "group_noise_weights must have 2 entries",
      {"group_noise_weights": [1.0], "max_grad_norm": [1.0, 1.0]}),
     (ValueError, "group_noise_weights must be finite",

@@ -386,3 +386,21 @@ def test_guarantee_names_what_depends_on_the_caller():
     given_norms = _guarantee(norms=torch.ones(3))
     assert given_norms.holds
     assert any("norms" in reason for reason in given_norms.reasons)
+
+
+def test_guarantee_names_what_accumulation_and_laplace_depend_on():
+    grads = torch.ones(2, 3)
+    told = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "return_stats": True}
+    _, plain = clip_and_noise(grads, **told)
+    _, added = clip_and_noise(grads, out=torch.zeros(3), accumulate=True, **told)
+    _, laplace = clip_and_noise(grads, mechanism="laplace", norm="l2", **told)
+    assert plain.guarantee.holds and len(plain.guarantee.reasons) == 1
+    assert any("out held" in reason for reason in added.guarantee.reasons)
+    assert any("zCDP" in reason for reason in laplace.guarantee.reasons)
+
+
+def test_given_norm_below_zero_drops_its_row():
+    grads = torch.tensor([[5.0, 0.0], [0.0, 0.5]], dtype=torch.float64)
+    norms = torch.tensor([-5.0, 0.5], dtype=torch.float64)
+    result = clip_and_noise(grads, max_grad_norm=1.0, norms=norms, **SILENT)
+    assert torch.equal(result, grads[1])
