@@ -19,15 +19,17 @@ namespace {
 
 constexpr std::int64_t kParallelBytes = 1 << 18;  // below this a second thread costs more
 constexpr std::int64_t kTaskBytes = 1 << 18;      // what a task should read
+constexpr std::int64_t kCacheBytes = 32 << 20;    // more than this leaves nothing in a cache
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // Memory is read at full speed only in long runs: 16 chunks of a row (256 KB of float32) in the
-// norm pass, and 4 rows side by side over up to 32,768 columns in the sum pass, whose sums
+// norm pass, and 8 rows side by side over up to 32,768 columns in the sum pass, whose sums
 // (256 KB) stay in L2.
 constexpr std::int64_t kSpanChunks = 16;
 constexpr std::int64_t kMaxSpan = 32768;
-constexpr std::int64_t kRowSlab = 256;      // row pointers gathered at once
-constexpr std::int64_t kNoiseBlock = 2048;  // columns of noise made while 4 rows of them arrive
+constexpr std::int64_t kRowSlab = 256;        // row pointers gathered at once
+constexpr std::int64_t kBriefRun = 32 << 10;  // bytes; prefetchers have hardly begun when it ends
+constexpr std::int64_t kNoiseBlock = 2048;    // columns of noise made while 8 rows of them arrive
 
 // Columns [start, start + length) of one tensor.
 struct Run {
@@ -75,12 +77,32 @@ void for_each(std::int64_t count, std::int64_t bytes, int num_threads, const Tas
 
 // --- pass 1: parts[chunk, unit] ---
 
+// Chunks [first, last) of a tensor's span, of which a unit's part is taken at a time.
+struct Span {
+  std::int64_t first;
+  std::int64_t last;
+};
+
+// Spans end where their tensor does: the rows of a small tensor follow one another in memory, and
+// unit after unit is then read in one run.
+std::vector<Span> group_chunks(const std::vector<Run>& chunks) {
+  std::vector<Span> spans;
+  for (std::int64_t c = 0; c < static_cast<std::int64_t>(chunks.size()); ++c) {
+    if (spans.empty() || spans.back().last - spans.back().first == kSpanChunks ||
+        chunks[c].start == 0) {
+      spans.push_back({c, c});
+    }
+    ++spans.back().last;
+  }
+  return spans;
+}
+
 void norm_task(const ClipAndNoise& call, const Run* chunks, std::int64_t num_chunks,
                std::int64_t unit, double* parts) {
   const Kernels& isa = kernels();
+  const Tensor& tensor = call.tensors[chunks[0].tensor];
   if (call.unit_start == nullptr) {
     for (std::int64_t c = 0; c < num_chunks; ++c) {
-      const Tensor& tensor = call.tensors[chunks[c].tensor];
       const void* row = cell(tensor, unit, chunks[c].start);
       parts[c * call.num_units + unit] =
           isa.norm_part(&row, 1, chunks[c].length, tensor.dtype, call.norm);
@@ -91,7 +113,6 @@ void norm_task(const ClipAndNoise& call, const Run* chunks, std::int64_t num_chu
   const std::int64_t num_rows = call.unit_start[unit + 1] - call.unit_start[unit];
   std::vector<const void*> rows(static_cast<std::size_t>(num_rows));
   for (std::int64_t c = 0; c < num_chunks; ++c) {
-    const Tensor& tensor = call.tensors[chunks[c].tensor];
     for (std::int64_t r = 0; r < num_rows; ++r) rows[r] = cell(tensor, order[r], chunks[c].start);
     parts[c * call.num_units + unit] =
         isa.norm_part(rows.data(), num_rows, chunks[c].length, tensor.dtype, call.norm);
@@ -105,11 +126,12 @@ std::int64_t rows_of_unit(const ClipAndNoise& call, std::int64_t u) {
 void take_norms(const ClipAndNoise& call, const std::vector<Run>& chunks,
                 const Workspace& workspace, std::int64_t bytes, int num_threads) {
   const std::int64_t num_chunks = static_cast<std::int64_t>(chunks.size());
-  const std::int64_t spans = (num_chunks + kSpanChunks - 1) / kSpanChunks;
-  for_each(spans * call.num_units, bytes, num_threads, [&](std::int64_t i) {
-    const std::int64_t first = i / call.num_units * kSpanChunks;
-    norm_task(call, chunks.data() + first, std::min(kSpanChunks, num_chunks - first),
-              i % call.num_units, workspace.parts + first * call.num_units);
+  const std::vector<Span> spans = group_chunks(chunks);
+  const std::int64_t tasks = static_cast<std::int64_t>(spans.size()) * call.num_units;
+  for_each(tasks, bytes, num_threads, [&](std::int64_t i) {
+    const Span& span = spans[i / call.num_units];
+    norm_task(call, chunks.data() + span.first, span.last - span.first, i % call.num_units,
+              workspace.parts + span.first * call.num_units);
   });
   std::fill(call.norms, call.norms + call.num_groups * call.num_units, 0.0);
   for (std::int64_t c = 0; c < num_chunks; ++c) {
@@ -186,6 +208,7 @@ struct Release {
   math::NoiseStream stream;
   std::vector<double> scales;  // [G], empty without noise
   double factor;               // 1 / divisor, NaN where no threshold could be taken
+  bool around_caches;          // write so: no line of out is in one
 };
 
 double group_weight(const ClipAndNoise& call, int g) {
@@ -193,8 +216,9 @@ double group_weight(const ClipAndNoise& call, int g) {
   return call.group_noise_weights == nullptr ? 1.0 : call.group_noise_weights[g];
 }
 
-Release prepare_release(const ClipAndNoise& call) {
+Release prepare_release(const ClipAndNoise& call, std::int64_t bytes) {
   Release release{};
+  release.around_caches = !call.accumulate && bytes > kCacheBytes;
   release.factor = std::isfinite(call.threshold[0]) ? 1.0 / call.divisor : kNaN;
   if (call.mechanism == math::Mechanism::kNone || call.noise_multiplier == 0.0) return release;
   const bool l1 = pays_by_l1(call);
@@ -294,7 +318,9 @@ void sum_task(const ClipAndNoise& call, const double* all_weights, const Release
   RowGatherer gatherer(call, all_weights + tensor.group * call.num_units, run);
   const void* rows[kRowSlab];
   double weights[kRowSlab];
-  const std::int64_t first_rows = gatherer.singles(kRowsPerPass, rows, weights);
+  std::int64_t gathered = gatherer.singles(kRowSlab, rows, weights);
+  const std::int64_t first_rows = std::min(kRowsPerPass, gathered);
+  const bool brief = run.length * item_size(tensor.dtype) <= kBriefRun;
   alignas(64) Out noise[kNoiseBlock];
   for (std::int64_t first = 0; first < run.length; first += kNoiseBlock) {
     const std::int64_t count = std::min(kNoiseBlock, run.length - first);
@@ -308,17 +334,20 @@ void sum_task(const ClipAndNoise& call, const double* all_weights, const Release
     }
     (isa.*Precision::kStart)(noisy ? noise : nullptr, noisy ? release.scales[tensor.group] : 0.0,
                              call.accumulate ? out + first : nullptr, count, sums + first);
-    isa.weighted_sum(rows, weights, first_rows, first, count, tensor.dtype, sums + first);
+    isa.weighted_sum(rows, weights, first_rows, brief ? gathered : 0, first, count, tensor.dtype,
+                     sums + first);
   }
-  for (std::int64_t more; (more = gatherer.singles(kRowSlab, rows, weights)) > 0;) {
-    isa.weighted_sum(rows, weights, more, 0, run.length, tensor.dtype, sums);
+  for (std::int64_t done = first_rows; gathered > 0; done = 0) {
+    isa.weighted_sum(rows + done, weights + done, gathered - done, brief ? gathered - done : 0, 0,
+                     run.length, tensor.dtype, sums);
+    gathered = gatherer.singles(kRowSlab, rows, weights);
   }
   std::vector<const void*> unit;
   for (double weight; gatherer.several(unit, &weight);) {
     isa.add_unit(unit.data(), static_cast<std::int64_t>(unit.size()), weight, run.length,
                  tensor.dtype, sums);
   }
-  (isa.*Precision::kFinish)(sums, release.factor, run.length, out);
+  (isa.*Precision::kFinish)(sums, release.factor, run.length, release.around_caches, out);
 }
 
 // Runs as long as possible that still give every thread several; the bits do not depend on it.
@@ -371,7 +400,7 @@ Status clip_and_noise(const ClipAndNoise& call, int num_threads) {
   if (!take_thresholds(call)) return Status::kBadBound;
   take_weights(call, workspace);
   // A column of noise costs about as much as reading 32 bytes.
-  take_sums(call, workspace, prepare_release(call), bytes + 32 * columns, num_threads);
+  take_sums(call, workspace, prepare_release(call, bytes), bytes + 32 * columns, num_threads);
   return Status::kOk;
 }
 

@@ -10,7 +10,7 @@
 
 namespace dpfast::cpu {
 
-// Memory to ask for while arithmetic runs: bytes [begin, end) of each row, in lines of 64.
+// Memory to ask for while arithmetic runs: bytes [begin, end) of up to kRowsPerPass rows.
 struct Prefetch {
   const void* const* rows;
   std::int64_t num_rows;
@@ -18,9 +18,9 @@ struct Prefetch {
   std::int64_t end;
 };
 
-// Rows that weighted_sum adds in one pass over the sums. More rows mean less traffic on the sums,
-// but more streams than the prefetchers follow, and rows a power of two apart share cache sets.
-constexpr std::int64_t kRowsPerPass = 4;
+// Rows that weighted_sum adds in one pass over the sums. Fewer do not keep enough reads in flight,
+// and with 16 there are more streams than the prefetchers follow.
+constexpr std::int64_t kRowsPerPass = 8;
 
 struct Kernels {
   const char* name;
@@ -32,8 +32,11 @@ struct Kernels {
 
   // sums[j] += sum_b weights[b] * rows[b][offset + j] for j < length, in the order of the rows.
   // The weights have at most 29 significant bits where the elements have 24 (see short_weight).
+  // Of the first `ask_ahead` rows in `rows` (there may be more than num_rows), those that come next
+  // are asked for meanwhile.
   void (*weighted_sum)(const void* const* rows, const double* weights, std::int64_t num_rows,
-                       std::int64_t offset, std::int64_t length, DType dtype, double* sums);
+                       std::int64_t ask_ahead, std::int64_t offset, std::int64_t length,
+                       DType dtype, double* sums);
 
   // sums[j] += weight * sum over the rows of one unit of rows[r][j]: the rows first, as in
   // norm_part.
@@ -46,9 +49,12 @@ struct Kernels {
   void (*start_double)(const double* noise, double scale, const double* previous,
                        std::int64_t length, double* sums);
 
-  // out[j] = sums[j] * factor, rounded once.
-  void (*finish_single)(const double* sums, double factor, std::int64_t length, float* out);
-  void (*finish_double)(const double* sums, double factor, std::int64_t length, double* out);
+  // out[j] = sums[j] * factor, rounded once. Around the caches, lines are not read before
+  // they are written.
+  void (*finish_single)(const double* sums, double factor, std::int64_t length, bool around_caches,
+                        float* out);
+  void (*finish_double)(const double* sums, double factor, std::int64_t length, bool around_caches,
+                        double* out);
 
   // Standard noise of elements [256 * group, 256 * (group + num_groups)) of a tensor. In single
   // precision the lines of `wanted` are asked for meanwhile, spread over the computation: a burst
