@@ -10,6 +10,7 @@ __all__ = [
     "BANDWIDTH_TARGET",
     "NOISE_NANOSECONDS_TARGET",
     "NOT_MEASURED",
+    "bandwidth_target",
     "columns",
     "noise_cells",
     "noise_columns",
@@ -23,9 +24,22 @@ BANDWIDTH_TARGET = 0.85
 NOISE_NANOSECONDS_TARGET = 1.0
 
 
+_LARGER_THAN_CACHE = 64  # MiB
+
+
+def _has_targets(case: Case) -> bool:
+    """The targets are for float32 gradients larger than the caches."""
+    return case.dtype == "float32" and case.mebibytes >= _LARGER_THAN_CACHE
+
+
+def bandwidth_target(case: Case) -> float | None:
+    """The least share of the bandwidth; None where no target was set."""
+    return BANDWIDTH_TARGET if _has_targets(case) else None
+
+
 def noise_share_target(case: Case, device_type: str) -> float | None:
     """The largest share of the call that noise may take; None where no target was set."""
-    if case.given_norms:
+    if case.given_norms or not _has_targets(case):
         return None
     return 0.15 if device_type == "cpu" and case.batch_size < 64 else 0.05
 
@@ -62,10 +76,11 @@ def row_cells(row: dict[str, Any], device_type: str) -> list[str]:
     if "skipped" in row:
         return not_measured_cells(case, device_type, row["skipped"])
     ratios = {name: values["median_of_rounds"] for name, values in row["ratios"].items()}
+    least = bandwidth_target(case)
     most = noise_share_target(case, device_type)
     cells = _case_cells(case)
     for infix in ("", "_graph") if device_type == "cuda" else ("",):
-        cells.append(_percent(ratios[f"share_of_bandwidth{infix}"], least=BANDWIDTH_TARGET))
+        cells.append(_percent(ratios[f"share_of_bandwidth{infix}"], least=least))
         cells.append(_percent(ratios[f"noise_share{infix}"], most=most))
     for peer in ("pytorch", "opacus"):
         if peer in row["not_measured"]:

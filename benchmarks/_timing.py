@@ -19,6 +19,7 @@ __all__ = [
     "Contender",
     "Ratio",
     "Summary",
+    "Times",
     "capture",
     "clock_for",
     "largest_cache_bytes",
@@ -148,35 +149,64 @@ def _time_block(contender: Contender, clock: Clock, repeats: int) -> float:
     return clock.seconds(contender.call, repeats) / repeats
 
 
+@dataclass(frozen=True)
+class Times:
+    """What `measure` found, one list per contender; entry r of every list is from the same round.
+
+    Attributes:
+      seconds: per call.
+      yardstick: seconds that the yardstick took around the contender's turn, the mean of before and
+        after; empty lists where there was no yardstick.
+    """
+
+    seconds: dict[str, list[float]]
+    yardstick: dict[str, list[float]]
+
+
 def measure(
-    contenders: Sequence[Contender], clock: Clock, *, rounds: int, budget_seconds: float
-) -> dict[str, list[float]]:
-    """Seconds per call of every contender in every round.
+    contenders: Sequence[Contender],
+    clock: Clock,
+    *,
+    rounds: int,
+    budget_seconds: float,
+    yardstick: Contender | None = None,
+) -> Times:
+    """Time every contender in every round.
 
     Args:
       contenders: timed in turn; each round starts with another one.
       clock: the device's clock.
       rounds: at most so many rounds.
       budget_seconds: fewer rounds, but at least 5 (or `rounds`), where they would take longer.
-
-    Returns:
-      One list per contender; entry r of every list was taken in the same round.
+      yardstick: timed before and after every turn. A virtual machine's memory bandwidth changes
+        within seconds, by half of it, as its cores are moved about.
     """
     repeats = {}
     round_seconds = 0.0
-    for contender in contenders:
+    for contender in [*contenders, *([yardstick] if yardstick else [])]:
         _time_block(contender, clock, 1)
         once = _time_block(contender, clock, 1)
         count = min(_MAX_REPEATS, max(1, math.ceil(_BLOCK_SECONDS / max(once, 1e-9))))
         repeats[contender.name] = count
-        round_seconds += once * count
+        turns = len(contenders) if contender is yardstick else 1
+        round_seconds += turns * once * count
     affordable = int(budget_seconds / max(round_seconds, 1e-9))
     rounds = min(rounds, max(_MIN_ROUNDS, affordable))
-    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for turn in range(rounds):
-        first = turn % len(contenders)
+    names = [contender.name for contender in contenders]
+    times = Times({name: [] for name in names}, {name: [] for name in names})
+
+    def turn(contender: Contender) -> float:
+        return _time_block(contender, clock, repeats[contender.name])
+
+    before = turn(yardstick) if yardstick else 0.0
+    for number in range(rounds):
+        first = number % len(contenders)
         for contender in [*contenders[first:], *contenders[:first]]:
-            times[contender.name].append(_time_block(contender, clock, repeats[contender.name]))
+            times.seconds[contender.name].append(turn(contender))
+            if yardstick:
+                after = turn(yardstick)
+                times.yardstick[contender.name].append((before + after) / 2)
+                before = after
     return times
 
 

@@ -3,8 +3,8 @@
 Every row times, in turn and on the same random gradients: dpfast with and without noise, into
 given outputs and into new ones; the same in PyTorch's ops; Opacus; and the machine's memory. The
 floor of a row is the time to move its bytes (the gradients twice, once with given norms, and the
-output once) at the bandwidth that memory gave in the same round; `share_of_bandwidth` is the floor
-over dpfast's time. It can exceed 1 where the gradients fit in a cache.
+output once) at the bandwidth that memory gave right before and after; `share_of_bandwidth` is the
+floor over dpfast's time. It can exceed 1 where the gradients fit in a cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from benchmarks._opacus import OpacusStep
 from benchmarks._opacus import reason_to_skip as opacus_reason_to_skip
 from benchmarks._pytorch import PytorchOps
 from benchmarks._record import available_bytes
-from benchmarks._timing import Contender, Ratio, capture, clock_for, measure, ratio, summarise
+from benchmarks._timing import (
+    Contender,
+    Ratio,
+    Times,
+    capture,
+    clock_for,
+    measure,
+    ratio,
+    summarise,
+)
 from benchmarks._workload import MAX_GRAD_NORM, NOISE_MULTIPLIER, Case, Workload
 from dpfast import _native, clip_and_noise
 
@@ -167,27 +176,32 @@ def _contenders(work: Workload, peers: Sequence[_Peer]) -> Iterator[Contender]:
         yield Contender("dpfast_graph_noiseless", capture(noiseless))
 
 
-def _ratios(
-    case: Case, times: dict[str, list[float]], bandwidth: Sequence[float]
-) -> dict[str, Ratio]:
+def _ratios(case: Case, times: Times, bandwidth: Bandwidth) -> dict[str, Ratio]:
     """See the module's docstring; a peer's time is compared with dpfast's under equal conditions.
 
     Opacus returns new tensors, PyTorch's ops write to given ones, and so does dpfast in either
     comparison.
     """
-    floor = [case.floor_bytes / rate for rate in bandwidth]
     found = {}
+
+    def share(name: str) -> Ratio:
+        floor = [case.floor_bytes / bandwidth.bytes * t for t in times.yardstick[name]]
+        return ratio(floor, times.seconds[name])
+
     for infix in ("", "_graph"):
-        if f"dpfast{infix}" not in times:
+        name, without = f"dpfast{infix}", f"dpfast{infix}_noiseless"
+        if name not in times.seconds:
             continue
-        noisy, noiseless = times[f"dpfast{infix}"], times[f"dpfast{infix}_noiseless"]
-        found[f"share_of_bandwidth{infix}"] = ratio(floor, noisy)
-        found[f"share_of_bandwidth{infix}_noiseless"] = ratio(floor, noiseless)
+        noisy, noiseless = times.seconds[name], times.seconds[without]
+        found[f"share_of_bandwidth{infix}"] = share(name)
+        found[f"share_of_bandwidth{infix}_noiseless"] = share(without)
         left = ratio(noiseless, noisy)
         found[f"noise_share{infix}"] = Ratio(1 - left.median_of_rounds, 1 - left.of_medians)
-        found[f"pytorch{infix}_over_dpfast"] = ratio(times[f"pytorch{infix}"], noisy)
-    if "opacus" in times:
-        found["opacus_over_dpfast"] = ratio(times["opacus"], times["dpfast_new_output"])
+        found[f"pytorch{infix}_over_dpfast"] = ratio(times.seconds[f"pytorch{infix}"], noisy)
+    if "opacus" in times.seconds:
+        found["opacus_over_dpfast"] = ratio(
+            times.seconds["opacus"], times.seconds["dpfast_new_output"]
+        )
     return found
 
 
@@ -216,16 +230,17 @@ def run_case(
     # The answers are known to be right; their memory is wanted for what is timed.
     del work.expected, work.scale
     times = measure(
-        [*bandwidth.contenders, *_contenders(work, peers)],
+        list(_contenders(work, peers)),
         clock_for(device),
         rounds=settings.rounds,
         budget_seconds=settings.budget_seconds,
+        yardstick=bandwidth.contender,
     )
-    rates = bandwidth.per_round(times)
-    row["seconds"] = {name: asdict(summarise(values)) for name, values in times.items()}
+    row["seconds"] = {name: asdict(summarise(values)) for name, values in times.seconds.items()}
     row["not_measured"] = skipped
+    rates = [bandwidth.bytes / t for values in times.yardstick.values() for t in values]
     row["bandwidth_bytes_per_second"] = asdict(summarise(rates))
-    row["ratios"] = {name: asdict(value) for name, value in _ratios(case, times, rates).items()}
+    row["ratios"] = {name: asdict(value) for name, value in _ratios(case, times, bandwidth).items()}
     return row
 
 
@@ -248,7 +263,7 @@ def run_noise(settings: Settings) -> list[dict[str, Any]]:
             clock_for(torch.device("cpu")),
             rounds=settings.rounds,
             budget_seconds=settings.budget_seconds,
-        )
+        ).seconds
     finally:
         torch.set_num_threads(threads)
     nanoseconds = {
@@ -293,6 +308,7 @@ def run(
         "quick": settings.quick,
         "max_grad_norm": MAX_GRAD_NORM,
         "noise_multiplier": NOISE_MULTIPLIER,
+        "bandwidth_by": bandwidth.contender.name,
         "rows": rows,
         "noise": run_noise(settings) if device.type == "cpu" else [],
     }

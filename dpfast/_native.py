@@ -109,7 +109,7 @@ def clip_and_noise(
         (
             grad.data_ptr(),
             result.data_ptr(),
-            grad.stride(0) if grad.dim() == 2 else numel,
+            numel if grad.is_contiguous() else grad.stride(0),
             numel,
             DTYPE_CODES[grad.dtype],
             k if groups > 1 else 0,

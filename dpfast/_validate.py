@@ -36,7 +36,9 @@ def number(
     exclusive: bool = False,
 ) -> float:
     """A finite real number in [minimum, maximum], or (minimum, maximum] where exclusive."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, numbers.Real)
+    ):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
     try:
         converted = float(value)
@@ -121,29 +123,38 @@ def structure(function: str, name: str, value: Any) -> tuple[list[torch.Tensor],
 def batch_of(function: str, tensors: Sequence[torch.Tensor]) -> int:
     """The common batch size of per-sample gradients that agree on device and axis 0."""
     first = tensors[0]
+    device, num_rows = first.device, first.shape[0] if first.dim() else -1
     for index, tensor in enumerate(tensors):
-        where = f"grad_samples[{index}]"
-        if tensor.dtype not in GRADIENT_DTYPES:
-            raise TypeError(
-                f"{function}: {where} must be float64, float32, bfloat16 or float16, got "
-                f"{tensor.dtype}"
-            )
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{function}: {where} must be dense, got {tensor.layout}")
-        if tensor.dim() == 0:
-            raise ValueError(f"{function}: {where} must have shape (B, *param_shape), got ()")
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{function}: {where} must be on {first.device} like grad_samples[0], got "
-                f"{tensor.device}"
-            )
-        if tensor.shape[0] != first.shape[0]:
-            raise ValueError(
-                f"{function}: {where} must have {first.shape[0]} samples like grad_samples[0], "
-                f"got shape {tuple(tensor.shape)}"
-            )
-    if first.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(
-            f"{function}: grad_samples must be on cpu or cuda, got {first.device.type}"
+        # One test where all is well: a network has hundreds of tensors.
+        if not (
+            tensor.dtype in GRADIENT_DTYPES
+            and tensor.layout is torch.strided
+            and tensor.dim()
+            and tensor.device == device
+            and tensor.shape[0] == num_rows
+        ):
+            raise _misfit(function, f"grad_samples[{index}]", tensor, first)
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{function}: grad_samples must be on cpu or cuda, got {device.type}")
+    return int(num_rows)
+
+
+def _misfit(function: str, where: str, tensor: torch.Tensor, first: torch.Tensor) -> Exception:
+    """What is wrong with a gradient that batch_of does not take."""
+    if tensor.dtype not in GRADIENT_DTYPES:
+        return TypeError(
+            f"{function}: {where} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
         )
-    return int(first.shape[0])
+    if tensor.layout != torch.strided:
+        return TypeError(f"{function}: {where} must be dense, got {tensor.layout}")
+    if tensor.dim() == 0:
+        return ValueError(f"{function}: {where} must have shape (B, *param_shape), got ()")
+    if tensor.device != first.device:
+        return ValueError(
+            f"{function}: {where} must be on {first.device} like grad_samples[0], got "
+            f"{tensor.device}"
+        )
+    return ValueError(
+        f"{function}: {where} must have {first.shape[0]} samples like grad_samples[0], got shape "
+        f"{tuple(tensor.shape)}"
+    )

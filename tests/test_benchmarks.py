@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -34,6 +35,7 @@ from benchmarks import (  # noqa: E402
     _opacus,
     _pytorch,
     _record,
+    _tables,
     _timing,
     _workload,
     clip_and_noise,
@@ -47,10 +49,8 @@ SETTINGS = clip_and_noise.Settings(quick=True, rounds=1, budget_seconds=0.1)
 class _SmallBandwidth:
     """Stands in for the bandwidth measurement, whose figures no test looks at."""
 
-    contenders = (_timing.Contender("read", lambda: None),)
-
-    def per_round(self, times: dict[str, list[float]]) -> list[float]:
-        return [1e9 for _ in times["read"]]
+    contender = _timing.Contender("read", lambda: None)
+    bytes = 2**20
 
 
 def _hurry(patch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,19 @@ def test_contenders_take_turns_and_start_in_turn(quick_timing: None):
     clock = _timing.clock_for(CPU)
     times = _timing.measure(contenders, clock, rounds=2, budget_seconds=1.0)
     assert order[-6:] == ["a", "reset", "b", "reset", "b", "a"]
-    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+    assert {name: len(values) for name, values in times.seconds.items()} == {"a": 2, "b": 2}
+    assert times.yardstick == {"a": [], "b": []}
+
+
+def test_the_yardstick_is_timed_before_and_after_every_turn(quick_timing: None):
+    order = []
+    contenders = [_timing.Contender(name, partial(order.append, name)) for name in "ab"]
+    yardstick = _timing.Contender("|", partial(order.append, "|"))
+    times = _timing.measure(
+        contenders, _timing.clock_for(CPU), rounds=2, budget_seconds=1.0, yardstick=yardstick
+    )
+    assert "".join(order[-9:]) == "|a|b|b|a|"
+    assert {name: len(values) for name, values in times.yardstick.items()} == {"a": 2, "b": 2}
 
 
 def test_ratio_is_taken_round_by_round():
@@ -193,6 +205,17 @@ def test_ratio_is_taken_round_by_round():
     found = _timing.ratio([2.0, 2.0, 4.0, 4.0], [1.0, 1.0, 2.0, 2.0])
     assert found == _timing.Ratio(2.0, 2.0)
     assert _timing.ratio([1.0, 9.0, 9.0], [1.0, 1.0, 9.0]) == _timing.Ratio(1.0, 9.0)
+
+
+def test_targets_are_for_float32_larger_than_the_caches():
+    large = _workload.Case(64, 16)
+    assert _tables.bandwidth_target(large) == 0.85
+    assert _tables.noise_share_target(large, "cpu") == 0.15
+    assert _tables.noise_share_target(large, "cuda") == 0.05
+    assert _tables.noise_share_target(replace(large, batch_size=64), "cpu") == 0.05
+    for other in (replace(large, mebibytes=8), replace(large, dtype="bfloat16")):
+        assert _tables.bandwidth_target(other) is None
+        assert _tables.noise_share_target(other, "cpu") is None
 
 
 def test_report_says_not_measured_without_results(tmp_path: Path):

@@ -37,50 +37,65 @@ class ThreadPool {
   void run(std::int64_t count, int num_threads, const std::function<void(std::int64_t)>& task) {
     std::lock_guard<std::mutex> one_at_a_time(turn_);
     const int helpers = static_cast<int>(std::min<std::int64_t>(num_threads, count)) - 1;
+    std::uint64_t start;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       while (static_cast<int>(workers_.size()) < helpers) {
         const int index = static_cast<int>(workers_.size());
-        workers_.emplace_back([this, index, seen = generation_.load()] { work(index, seen); });
+        workers_.emplace_back([this, index, seen = round_of(next_.load())] { work(index, seen); });
       }
+      // A round of its own in which nothing is to be had, while the next one is set up.
+      const std::uint64_t closed = round_of(next_.load()) + 1;
+      next_.store((closed << kIndexBits) + kMaxCount);
       task_ = &task;
-      count_ = count;
-      next_.store(0);
-      helpers_ = helpers;
-      running_.store(helpers);
-      generation_.fetch_add(1);
+      count_.store(count);
+      helpers_.store(helpers);
+      left_.store(count);
+      start = (closed + 1) << kIndexBits;
+      next_.store(start);
     }
     wake_.notify_all();
-    drain();
-    const auto finished = [this] { return running_.load() == 0; };
+    drain(round_of(start));
+    // A helper that is slow to wake must not be waited for: the tasks count, not the helpers.
+    const auto finished = [this] { return left_.load() == 0; };
     if (spin_until(finished)) return;
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, finished);
   }
 
  private:
-  void drain() {
-    for (std::int64_t i; (i = next_.fetch_add(1)) < count_;) (*task_)(i);
+  // next_ holds the round's number above the next task's index, so that whoever comes late to a
+  // round cannot take a task of another one.
+  static constexpr int kIndexBits = 40;
+  static constexpr std::uint64_t kMaxCount = (std::uint64_t{1} << kIndexBits) - 1;
+  static std::uint64_t round_of(std::uint64_t next) { return next >> kIndexBits; }
+  static std::int64_t index_of(std::uint64_t next) {
+    return static_cast<std::int64_t>(next & kMaxCount);
+  }
+
+  void drain(std::uint64_t round) {
+    std::uint64_t next = next_.load();
+    while (round_of(next) == round && index_of(next) < count_.load()) {
+      if (!next_.compare_exchange_weak(next, next + 1)) continue;
+      // The round cannot end, nor task_ change, before this task is counted as done.
+      (*task_)(index_of(next));
+      if (left_.fetch_sub(1) == 1) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        done_.notify_one();
+      }
+      next = next_.load();
+    }
   }
 
   void work(int index, std::uint64_t seen) {
-    const auto called = [&] { return generation_.load() != seen; };
+    const auto called = [&] { return round_of(next_.load()) != seen; };
     for (;;) {
       if (!spin_until(called)) {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, called);
       }
-      {
-        // run() sets up a generation under the lock: here it is complete.
-        std::lock_guard<std::mutex> lock(mutex_);
-        seen = generation_.load();
-        if (index >= helpers_) continue;
-      }
-      drain();
-      if (running_.fetch_sub(1) == 1) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        done_.notify_one();
-      }
+      seen = round_of(next_.load());
+      if (index < helpers_.load()) drain(seen);
     }
   }
 
@@ -89,11 +104,9 @@ class ThreadPool {
   std::condition_variable wake_, done_;
   std::vector<std::thread> workers_;
   const std::function<void(std::int64_t)>* task_ = nullptr;
-  std::atomic<std::int64_t> next_{0};
-  std::int64_t count_ = 0;
-  int helpers_ = 0;
-  std::atomic<int> running_{0};
-  std::atomic<std::uint64_t> generation_{0};
+  std::atomic<std::uint64_t> next_{0};
+  std::atomic<std::int64_t> count_{0}, left_{0};
+  std::atomic<int> helpers_{0};
 };
 
 // Never destroyed: worker threads may outlive static destruction. A forked child has none of the

@@ -203,18 +203,19 @@ def check_out(
         raise ValueError(f"{NAME}: out must have the structure of grad_samples")
     if keys is not None:
         results = [out[key] for key in keys]
-    for index, result in enumerate(results):
-        _validate.tensor_like(
-            NAME,
-            f"out[{index}]",
-            result,
-            dtypes=(dtypes[index],),
-            shape=shapes[index],
-            device=device,
-        )
-        if result.requires_grad:
-            raise ValueError(f"{NAME}: out[{index}] must not require grad")
-    return [result.detach() for result in results]
+    for index, (result, shape, dtype) in enumerate(zip(results, shapes, dtypes, strict=True)):
+        if (
+            result.dtype == dtype
+            and result.layout is torch.strided
+            and result.shape == shape
+            and result.device == device
+            and not result.requires_grad
+        ):
+            continue
+        name = f"out[{index}]"
+        _validate.tensor_like(NAME, name, result, dtypes=(dtype,), shape=shape, device=device)
+        raise ValueError(f"{NAME}: {name} must not require grad")
+    return results
 
 
 class Units(NamedTuple):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from dpfast import _native
 from dpfast.ops.noise_source import default_state
 
-__all__ = ["clip_and_noise_op"]
+__all__ = ["clip_and_noise_op", "run"]
 
 _SCHEMA = (
     "(Tensor[] grad_samples, Tensor(a!)[] out, Tensor(b!)? noise_state, *, "
@@ -77,8 +78,9 @@ def _refuse_overlap(grad_samples: Sequence[torch.Tensor], out: Sequence[torch.Te
         raise ValueError("clip_and_noise: out must not share memory with itself or the input")
 
 
-def _plain(tensor: torch.Tensor) -> bool:
-    return tensor.is_contiguous() and not tensor.is_neg()
+def _odd(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the kernels cannot take one of them as it is."""
+    return any(not t.is_contiguous() or t.is_neg() for t in tensors)
 
 
 def _rows(grad: torch.Tensor, num_rows: int, numel: int) -> torch.Tensor:
@@ -130,13 +132,10 @@ def _run(
         )
     num_rows = grad_samples[0].shape[0]
     rows, results = grad_samples, out
-    if not (all(map(_plain, grad_samples)) and all(map(_plain, out))):
+    if _odd(grad_samples) or _odd(out):
         _refuse_overlap(grad_samples, out)
-        rows = [
-            g if _plain(g) else _rows(g, num_rows, o.numel())
-            for g, o in zip(grad_samples, out, strict=True)
-        ]
-        results = [o if _plain(o) else o.resolve_neg().contiguous() for o in out]
+        rows = [_rows(g, num_rows, o.numel()) for g, o in zip(grad_samples, out, strict=True)]
+        results = [o.resolve_neg().contiguous() for o in out]
     num_units = _num_units(grad_samples, custom_weights, norms)
     row_order = unit_start = unit_count = None
     if privacy_unit_ids is not None:
@@ -169,9 +168,12 @@ def _run(
         noise_state=noise_state if noisy else None,
     )
     stats = _native.clip_and_noise(rows, results, settings)
-    for target, result in zip(out, results, strict=True):
-        if target is not result:
-            target.copy_(result)
+    if results is not out:
+        for target, result in zip(out, results, strict=True):
+            if target is not result:
+                target.copy_(result)
+    # Autograd must know that what it may have saved has changed.
+    torch.autograd.graph.increment_version(out)
     return stats
 
 
@@ -200,3 +202,41 @@ def _fake(
 torch.library.register_fake("dpfast::clip_and_noise_", _fake)
 
 clip_and_noise_op = torch.ops.dpfast.clip_and_noise_.default
+
+_PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_modes_on_stack: Callable[[], int] | None
+try:
+    _modes_on_stack = torch._C._len_torch_dispatch_stack
+    _transforms_on_stack = torch._C._functorch.peek_interpreter_stack
+    _profiling = torch._C._autograd._profiler_enabled
+except AttributeError:  # a PyTorch that cannot tell: the dispatcher sees every call
+    _modes_on_stack = None
+
+
+def _dispatcher_has_work(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a tracer, mode, transform, subclass or profiler must see the call as an op."""
+    return (
+        torch.compiler.is_compiling()
+        or _modes_on_stack is None
+        or _modes_on_stack() > 0
+        or _transforms_on_stack() is not None
+        or _profiling()
+        or tensors[0].device.type not in ("cpu", "cuda")
+        or not _PLAIN_TENSORS.issuperset(map(type, tensors))
+    )
+
+
+def run(
+    grad_samples: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    noise_state: torch.Tensor | None,
+    **settings: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op's result, past the dispatcher where it would only cost time.
+
+    The dispatcher takes 20 us a call with the caches warm, and several times that after a backward
+    pass has emptied them.
+    """
+    if _dispatcher_has_work([*grad_samples, *out]):
+        return clip_and_noise_op(grad_samples, out, noise_state, **settings)  # type: ignore[no-any-return]
+    return _run(grad_samples, out, noise_state, **settings)

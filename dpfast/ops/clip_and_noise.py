@@ -10,7 +10,7 @@ import torch
 
 from dpfast import _validate
 from dpfast.ops import _arguments as args
-from dpfast.ops._registration import clip_and_noise_op
+from dpfast.ops import _registration
 from dpfast.ops.noise_source import NoiseSource
 
 __all__ = ["ClipStats", "Guarantee", "clip_and_noise"]
@@ -248,7 +248,7 @@ def clip_and_noise(
     units = args.check_units(clipping, norms, bounds, privacy_unit_ids, num_rows, device)
     results = args.check_out(out, tensors, keys, accumulate)
 
-    threshold, unit_norms, nonfinite = clip_and_noise_op(
+    threshold, unit_norms, nonfinite = _registration.run(
         [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors],
         results,
         None if noise is None else noise.state_on(device),

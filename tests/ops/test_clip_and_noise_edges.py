@@ -119,6 +119,25 @@ def test_clip_and_noise_drops_unit_from_all_groups_if_one_is_nonfinite(device):
     check_against_twin(grads, max_grad_norm=[0.5, 0.6], noise_multiplier=0.3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_clip_and_noise_larger_than_the_caches_gives_the_same_bits_in_parts(dtype, device):
+    # Large outputs are written around the caches, here to a place that fits no vector.
+    rows, columns, cut = 9, 2**21 // dtype.itemsize * 2 + 5, 2**18
+    generator = torch.Generator().manual_seed(4)
+    grads = torch.randn(rows, columns, generator=generator, dtype=dtype).to(device)
+    assert grads.nbytes > 2**25
+    buffer = torch.full((columns + 2,), 7.0, dtype=dtype, device=device)
+    settings = {"max_grad_norm": 1.0, "noise_multiplier": 0.0, "mechanism": "none"}
+    _, stats = clip_and_noise(grads, out=buffer[1:-1], return_stats=True, **settings)
+    for start in range(0, columns, cut):
+        part = clip_and_noise(
+            grads[:, start : start + cut], norms=stats.sensitive_norms, **settings
+        )
+        assert torch.equal(buffer[1:-1][start : start + cut], part)
+    assert buffer[0] == 7.0
+    assert buffer[-1] == 7.0
+
+
 # --- structures ---
 
 

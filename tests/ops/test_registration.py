@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpfast
 from dpfast import NoiseSource
@@ -138,6 +139,57 @@ def test_registration_call_works_with_deterministic_algorithms(device):
     finally:
         torch.use_deterministic_algorithms(False)
     assert out.isfinite().all()
+
+
+class _Names(TorchDispatchMode):
+    """Takes down the ops that pass through the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class _Wrapped(torch.Tensor):
+    pass
+
+
+def test_registration_past_the_dispatcher_gives_the_same_bits(device):
+    grads = make_grads(4, [(3, 2), (5,)], device=device)
+
+    def call(given):
+        return dpfast.clip_and_noise(
+            given, max_grad_norm=0.5, noise_multiplier=1.0, noise=NoiseSource(3)
+        )
+
+    plain = call(grads)
+    with _Names() as names:
+        traced = call(grads)
+    assert OP in names.seen
+    wrapped = call([g.as_subclass(_Wrapped) for g in grads])
+    for a, b, c in zip(plain, traced, wrapped, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_registration_op_is_seen_by_the_profiler():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        dpfast.clip_and_noise(torch.ones(2, 3), max_grad_norm=1.0, noise_multiplier=1.0)
+    assert "dpfast::clip_and_noise_" in {event.key for event in profile.key_averages()}
+
+
+def test_registration_autograd_knows_that_out_has_changed(device):
+    weight = torch.ones(3, device=device, requires_grad=True)
+    out = torch.zeros(3, device=device)
+    product = weight * out  # saves out for weight's gradient
+    dpfast.clip_and_noise(
+        torch.ones(2, 3, device=device), max_grad_norm=1.0, noise_multiplier=1.0, out=out
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
 
 
 # --- torch.compile ---
