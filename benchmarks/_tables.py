@@ -8,7 +8,7 @@ from benchmarks._workload import Case
 
 __all__ = [
     "BANDWIDTH_TARGET",
-    "NOISE_NANOSECONDS_TARGET",
+    "NOISE_OVER_RANDN_TARGET",
     "NOT_MEASURED",
     "bandwidth_target",
     "columns",
@@ -21,7 +21,8 @@ __all__ = [
 
 NOT_MEASURED = "not measured"
 BANDWIDTH_TARGET = 0.85
-NOISE_NANOSECONDS_TARGET = 1.0
+# 1 ns where torch.randn takes 2.6: a ratio, since processors and their neighbours differ.
+NOISE_OVER_RANDN_TARGET = 2.6
 
 
 _LARGER_THAN_CACHE = 64  # MiB
@@ -97,10 +98,10 @@ def noise_columns() -> list[str]:
 
 def noise_cells(row: dict[str, Any]) -> list[str]:
     """The figures of noise alone."""
-    own = row["nanoseconds_per_sample"]["median"]
+    gain = row["torch_randn_over_dpfast"]["median_of_rounds"]
     return [
         row["mechanism"],
-        f"{own:.2f}" + (" (missed)" if own > NOISE_NANOSECONDS_TARGET else ""),
+        f"{row['nanoseconds_per_sample']['median']:.2f}",
         f"{row['torch_randn_nanoseconds_per_sample']['median']:.2f}",
-        f"{row['torch_randn_over_dpfast']['median_of_rounds']:.2f}x",
+        f"{gain:.2f}x" + (" (missed)" if gain < NOISE_OVER_RANDN_TARGET else ""),
     ]

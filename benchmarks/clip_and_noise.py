@@ -57,7 +57,7 @@ class Settings:
 
     quick: bool = False
     rounds: int = 25
-    budget_seconds: float = 20.0
+    budget_seconds: float = 30.0
 
 
 def cases(device_type: str, *, quick: bool) -> list[Case]:

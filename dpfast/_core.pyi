@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 __version__: str
 cuda_architectures: str | None
@@ -6,15 +7,27 @@ cuda_toolkit: str | None
 
 def instruction_set() -> str: ...
 def cuda_driver_version() -> str | None: ...
-def cpu_workspace_bytes(numels: Sequence[int], num_units: int, num_groups: int) -> int: ...
-def cuda_workspace_bytes(numels: Sequence[int], num_units: int, num_groups: int) -> int: ...
+
+class TensorTable:
+    def __init__(
+        self, tensors: Sequence[tuple[int, int, int, int, int]], num_rows: int
+    ) -> None: ...
+    @property
+    def num_rows(self) -> int: ...
+
+class PlainReader:
+    def __init__(self, api: object, types: tuple[type, ...]) -> None: ...
+    def read(self, grads: list[Any], outs: list[Any]) -> TensorTable | None: ...
+
+def cpu_workspace_bytes(tensors: TensorTable, num_units: int, num_groups: int) -> int: ...
+def cuda_workspace_bytes(tensors: TensorTable, num_units: int, num_groups: int) -> int: ...
 def clip_and_noise_cpu(
-    tensors: Sequence[tuple[int, int, int, int, int, int]],
+    tensors: TensorTable,
     settings: dict[str, object],
     num_threads: int,
 ) -> None: ...
 def clip_and_noise_cuda(
-    tensors: Sequence[tuple[int, int, int, int, int, int]],
+    tensors: TensorTable,
     settings: dict[str, object],
     device: int,
     stream: int,

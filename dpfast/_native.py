@@ -21,12 +21,14 @@ __all__ = [
     "MECHANISM_CODES",
     "NORM_CODES",
     "NativeSettings",
+    "TensorTable",
     "build_info",
     "chacha20_block",
     "clip_and_noise",
     "cuda_driver_version",
     "fill_noise",
     "has_cuda_kernels",
+    "plain_tensors",
     "read_all",
 ]
 
@@ -71,6 +73,39 @@ class NativeSettings(TypedDict):
     noise_state: torch.Tensor | None
 
 
+TensorTable = _core.TensorTable
+
+# PyTorch >= 2.10 describes its tensors through DLPack's C interface.
+_exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+_reader = (
+    None
+    if _exchange_api is None
+    else _core.PlainReader(_exchange_api, (torch.Tensor, torch.nn.Parameter))
+)
+
+
+def plain_tensors(
+    grad_samples: list[torch.Tensor], out: list[torch.Tensor]
+) -> _core.TensorTable | None:
+    """The call's tensors, where all are as the kernels take them; None where one is not.
+
+    A table means that every check on the tensors' types, shapes, layouts and devices would pass.
+    None says nothing: the checks tell what is wrong, if anything is.
+    """
+    if torch.compiler.is_compiling() or _reader is None:
+        return None
+    return _reader.read(grad_samples, out)
+
+
+def _table(grad_samples: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> _core.TensorTable:
+    tensors = []
+    for grad, result in zip(grad_samples, out, strict=True):
+        numel = result.numel()
+        stride = numel if grad.is_contiguous() else grad.stride(0)
+        tensors.append((grad.data_ptr(), result.data_ptr(), stride, numel, DTYPE_CODES[grad.dtype]))
+    return TensorTable(tensors, grad_samples[0].shape[0])
+
+
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -79,6 +114,7 @@ def clip_and_noise(
     grad_samples: Sequence[torch.Tensor],
     out: Sequence[torch.Tensor],
     settings: NativeSettings,
+    table: _core.TensorTable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the kernels.
 
@@ -86,6 +122,7 @@ def clip_and_noise(
       grad_samples: each contiguous (B, *param_shape), or (B, P_k) with contiguous columns.
       out: each contiguous, with P_k elements.
       settings: see NativeSettings.
+      table: what plain_tensors made of the same tensors, if it did.
 
     Returns:
       threshold (G,) and norms (G, U) in float64, and the number of non-finite units (int64, 0-d).
@@ -94,32 +131,19 @@ def clip_and_noise(
       ValueError: memory that is written is also read or written elsewhere in the call.
     """
     device = grad_samples[0].device
-    num_rows = grad_samples[0].shape[0]
     groups, units = settings["num_groups"], settings["num_units"]
+    tensors = _table(grad_samples, out) if table is None else table
     threshold = torch.empty(groups, dtype=torch.float64, device=device)
     norms = torch.empty(groups, units, dtype=torch.float64, device=device)
     nonfinite = torch.zeros((), dtype=torch.int64, device=device)
-    numels = [o.numel() for o in out]
     on_cpu = device.type == "cpu"
     workspace_bytes = _core.cpu_workspace_bytes if on_cpu else _core.cuda_workspace_bytes
     workspace = torch.empty(
-        workspace_bytes(numels, units, groups), dtype=torch.uint8, device=device
+        workspace_bytes(tensors, units, groups), dtype=torch.uint8, device=device
     )
-    tensors = [
-        (
-            grad.data_ptr(),
-            result.data_ptr(),
-            numel if grad.is_contiguous() else grad.stride(0),
-            numel,
-            DTYPE_CODES[grad.dtype],
-            k if groups > 1 else 0,
-        )
-        for k, (grad, result, numel) in enumerate(zip(grad_samples, out, numels, strict=True))
-    ]
     percentile = settings["percentile"]
     arguments = {
         **settings,
-        "num_rows": num_rows,
         "row_order": _address(settings["row_order"]),
         "unit_start": _address(settings["unit_start"]),
         "unit_count": _address(settings["unit_count"]),

@@ -17,10 +17,9 @@ std::string bad_bound(const ClipAndNoise& call) {
   return "none";
 }
 
-void run_cpu(const std::vector<TensorTuple>& tensors, const py::dict& settings, int num_threads) {
+void run_cpu(const TensorTable& tensors, const py::dict& settings, int num_threads) {
   CallArguments arguments;
-  read_tensors(tensors, arguments);
-  read_settings(settings, arguments);
+  read_settings(tensors, settings, arguments);
   cpu::Status status;
   {
     py::gil_scoped_release release;
@@ -38,11 +37,10 @@ void run_cpu(const std::vector<TensorTuple>& tensors, const py::dict& settings, 
 }
 
 #if defined(DPFAST_WITH_CUDA)
-void run_cuda(const std::vector<TensorTuple>& tensors, const py::dict& settings, int device,
+void run_cuda(const TensorTable& tensors, const py::dict& settings, int device,
               std::uint64_t stream) {
   CallArguments arguments;
-  read_tensors(tensors, arguments);
-  read_settings(settings, arguments);
+  read_settings(tensors, settings, arguments);
   py::gil_scoped_release release;
   cuda::clip_and_noise(arguments.call, device, pointer<void>(stream));
 }
@@ -53,19 +51,19 @@ void run_cuda(const std::vector<TensorTuple>& tensors, const py::dict& settings,
 void bind_clip_and_noise(py::module_& module) {
   module.def(
       "cpu_workspace_bytes",
-      [](const std::vector<std::int64_t>& numels, std::int64_t units, int groups) {
-        return cpu::workspace_bytes(total_chunks(numels), units, groups);
+      [](const TensorTable& tensors, std::int64_t units, int groups) {
+        return cpu::workspace_bytes(tensors.num_chunks(), units, groups);
       },
-      py::arg("numels"), py::arg("num_units"), py::arg("num_groups"));
+      py::arg("tensors"), py::arg("num_units"), py::arg("num_groups"));
   module.def("clip_and_noise_cpu", &run_cpu, py::arg("tensors"), py::arg("settings"),
              py::arg("num_threads"));
 #if defined(DPFAST_WITH_CUDA)
   module.def(
       "cuda_workspace_bytes",
-      [](const std::vector<std::int64_t>& numels, std::int64_t units, int groups) {
-        return cuda::workspace_bytes(total_chunks(numels), units, groups);
+      [](const TensorTable& tensors, std::int64_t units, int groups) {
+        return cuda::workspace_bytes(tensors.num_chunks(), units, groups);
       },
-      py::arg("numels"), py::arg("num_units"), py::arg("num_groups"));
+      py::arg("tensors"), py::arg("num_units"), py::arg("num_groups"));
   module.def("clip_and_noise_cuda", &run_cuda, py::arg("tensors"), py::arg("settings"),
              py::arg("device"), py::arg("stream"));
 #endif

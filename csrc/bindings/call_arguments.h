@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/tensor_table.h"
 #include "math/clip_and_noise.h"
 
 namespace dpfast::bindings {
@@ -20,9 +21,6 @@ template <class T>
 T* pointer(std::uint64_t address) {
   return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
 }
-
-// (grad, out, row_stride, numel, dtype, group)
-using TensorTuple = std::tuple<std::uint64_t, std::uint64_t, std::int64_t, std::int64_t, int, int>;
 
 // Owns what ClipAndNoise points to on the host.
 struct CallArguments {
@@ -37,16 +35,6 @@ inline int checked_enum(int value, int count, const char* name) {
     throw std::invalid_argument(std::string("clip_and_noise: unknown ") + name);
   }
   return value;
-}
-
-inline void read_tensors(const std::vector<TensorTuple>& tuples, CallArguments& arguments) {
-  for (const auto& [grad, out, row_stride, numel, dtype, group] : tuples) {
-    if (numel < 0 || numel > math::kMaxNoiseElements) {
-      throw std::invalid_argument("clip_and_noise: a tensor may have at most 2^36 columns");
-    }
-    arguments.tensors.push_back({pointer<const void>(grad), pointer<void>(out), row_stride, numel,
-                                 static_cast<DType>(checked_enum(dtype, 4, "dtype")), group});
-  }
 }
 
 // Memory that is written must be read or written by nobody else. (dpfast/ops/_registration.py
@@ -84,11 +72,12 @@ inline void refuse_overlap(const CallArguments& arguments) {
 }
 
 // Everything but the tensors, by keyword from dpfast/_native.py.
-inline void read_settings(const py::dict& settings, CallArguments& arguments) {
+inline void read_settings(const TensorTable& table, const py::dict& settings,
+                          CallArguments& arguments) {
   ClipAndNoise& call = arguments.call;
   const auto get = [&](const char* key) { return settings[key]; };
   const auto address = [&](const char* key) { return get(key).cast<std::uint64_t>(); };
-  call.num_rows = get("num_rows").cast<std::int64_t>();
+  call.num_rows = table.num_rows;
   call.num_units = get("num_units").cast<std::int64_t>();
   call.num_groups = get("num_groups").cast<int>();
   call.row_order = pointer<const std::int64_t>(address("row_order"));
@@ -119,6 +108,10 @@ inline void read_settings(const py::dict& settings, CallArguments& arguments) {
   call.nonfinite = pointer<std::int64_t>(address("nonfinite"));
   call.workspace = pointer<void>(address("workspace"));
 
+  arguments.tensors = table.tensors;
+  for (std::size_t k = 0; call.num_groups > 1 && k < arguments.tensors.size(); ++k) {
+    arguments.tensors[k].group = static_cast<int>(k);
+  }
   call.tensors = arguments.tensors.data();
   call.num_tensors = static_cast<std::int64_t>(arguments.tensors.size());
   const std::size_t groups = static_cast<std::size_t>(call.num_groups);
@@ -134,12 +127,6 @@ inline void read_settings(const py::dict& settings, CallArguments& arguments) {
     throw std::invalid_argument("clip_and_noise: one bound per group is needed");
   }
   refuse_overlap(arguments);
-}
-
-inline std::int64_t total_chunks(const std::vector<std::int64_t>& numels) {
-  std::int64_t chunks = 0;
-  for (const std::int64_t numel : numels) chunks += count_chunks(numel);
-  return chunks;
 }
 
 }  // namespace dpfast::bindings

@@ -21,6 +21,7 @@ __all__ = [
     "check_percentile",
     "check_unit_ids",
     "check_units",
+    "out_in_order",
 ]
 
 NAME = "clip_and_noise"
@@ -185,6 +186,17 @@ def check_mechanism(mechanism: Any, norm: Any, noise_multiplier: Any) -> tuple[s
     return mechanism, _validate.choice(NAME, "norm", norm, ("l2", "l1")), multiplier
 
 
+def out_in_order(out: Any, keys: list[Any] | None) -> list[Any] | None:
+    """What `out` holds in the order of grad_samples; None where its structure is another."""
+    if isinstance(out, Mapping):
+        return None if keys is None or set(out) != set(keys) else [out[key] for key in keys]
+    if keys is not None:
+        return None
+    if isinstance(out, torch.Tensor):
+        return [out]
+    return list(out) if _is_collection(out) else None
+
+
 def check_out(
     out: Any, tensors: list[torch.Tensor], keys: list[Any] | None, accumulate: bool
 ) -> list[torch.Tensor]:
@@ -196,13 +208,10 @@ def check_out(
         if accumulate:
             raise ValueError(f"{NAME}: out must be given with accumulate, to hold the sums")
         return [torch.empty(s, dtype=d, device=device) for s, d in zip(shapes, dtypes, strict=True)]
-    results, out_keys = _validate.structure(NAME, "out", out)
-    if len(results) != len(tensors) or (None if keys is None else set(keys)) != (
-        None if out_keys is None else set(out_keys)
-    ):
+    _validate.structure(NAME, "out", out)
+    results = out_in_order(out, keys)
+    if results is None or len(results) != len(tensors):
         raise ValueError(f"{NAME}: out must have the structure of grad_samples")
-    if keys is not None:
-        results = [out[key] for key in keys]
     for index, (result, shape, dtype) in enumerate(zip(results, shapes, dtypes, strict=True)):
         if (
             result.dtype == dtype

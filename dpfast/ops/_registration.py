@@ -123,6 +123,7 @@ def _run(
     num_groups: int,
     divisor: float,
     accumulate: bool,
+    table: _native.TensorTable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     device = grad_samples[0].device
     if device.type == "cuda" and not _native.has_cuda_kernels():
@@ -132,7 +133,9 @@ def _run(
         )
     num_rows = grad_samples[0].shape[0]
     rows, results = grad_samples, out
-    if _odd(grad_samples) or _odd(out):
+    if table is None:
+        table = _native.plain_tensors(list(grad_samples), list(out))
+    if table is None and (_odd(grad_samples) or _odd(out)):
         _refuse_overlap(grad_samples, out)
         rows = [_rows(g, num_rows, o.numel()) for g, o in zip(grad_samples, out, strict=True)]
         results = [o.resolve_neg().contiguous() for o in out]
@@ -167,7 +170,7 @@ def _run(
         custom_weights=_contiguous_float64(custom_weights),
         noise_state=noise_state if noisy else None,
     )
-    stats = _native.clip_and_noise(rows, results, settings)
+    stats = _native.clip_and_noise(rows, results, settings, table)
     if results is not out:
         for target, result in zip(out, results, strict=True):
             if target is not result:
@@ -230,6 +233,7 @@ def run(
     grad_samples: Sequence[torch.Tensor],
     out: Sequence[torch.Tensor],
     noise_state: torch.Tensor | None,
+    table: _native.TensorTable | None,
     **settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op's result, past the dispatcher where it would only cost time.
@@ -239,4 +243,4 @@ def run(
     """
     if _dispatcher_has_work([*grad_samples, *out]):
         return clip_and_noise_op(grad_samples, out, noise_state, **settings)  # type: ignore[no-any-return]
-    return _run(grad_samples, out, noise_state, **settings)
+    return _run(grad_samples, out, noise_state, table=table, **settings)

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 
-from dpfast import _validate
+from dpfast import _native, _validate
 from dpfast.ops import _arguments as args
 from dpfast.ops import _registration
 from dpfast.ops.noise_source import NoiseSource
@@ -231,9 +231,11 @@ def clip_and_noise(
       Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; He et al. 2022, arXiv:2212.01539 (groups).
     """
     tensors, keys = _validate.structure(args.NAME, "grad_samples", grad_samples)
-    num_rows = _validate.batch_of(args.NAME, tensors)
-    device, count = tensors[0].device, len(tensors)
     accumulate = _validate.flag(args.NAME, "accumulate", accumulate)
+    given = args.out_in_order(out, keys)
+    table = None if given is None else _native.plain_tensors(tensors, given)
+    num_rows = _validate.batch_of(args.NAME, tensors) if table is None else table.num_rows
+    device, count = tensors[0].device, len(tensors)
     return_stats = _validate.flag(args.NAME, "return_stats", return_stats)
     rule, stability = args.check_clipping(clipping, stability_constant)
     percentile = args.check_percentile(percentile, rule, num_rows, accumulate, return_stats)
@@ -246,12 +248,13 @@ def clip_and_noise(
         raise TypeError(f"{args.NAME}: noise must be a NoiseSource, got {type(noise).__name__}")
     args.check_unit_ids(privacy_unit_ids, num_rows, device)
     units = args.check_units(clipping, norms, bounds, privacy_unit_ids, num_rows, device)
-    results = args.check_out(out, tensors, keys, accumulate)
+    results = given if given and table else args.check_out(out, tensors, keys, accumulate)
 
     threshold, unit_norms, nonfinite = _registration.run(
         [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors],
         results,
         None if noise is None else noise.state_on(device),
+        table,
         bounds=bounds.values,
         bound_tensor=bounds.tensor,
         percentile=percentile,
