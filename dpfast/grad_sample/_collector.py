@@ -1,0 +1,129 @@
+"""Where the rules leave per-sample gradients, and which tensors they owe one for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from dpfast.errors import PrivacyError
+
+__all__ = ["Collector", "Target"]
+
+
+@dataclass(eq=False)
+class Target:
+    """A tensor whose per-sample gradient is wanted: a parameter, or one computed from parameters.
+
+    Attributes:
+      name: the parameter's name; of a computed tensor the names it comes from.
+      tensor: the tensor itself. Held, so that its id is not given to another.
+      sources: the parameters that a computed tensor comes from; empty for a parameter.
+      grad_sample: (B, *shape) so far.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    sources: tuple[Target, ...] = ()
+    grad_sample: torch.Tensor | None = None
+
+    def add(self, grad_sample: torch.Tensor) -> None:
+        """Add (B, *shape), in the tensor's own dtype."""
+        grad_sample = grad_sample.to(self.tensor.dtype)
+        if grad_sample.shape[1:] != self.tensor.shape:
+            raise RuntimeError(
+                f"per_sample_gradients: {self.name} got per-sample gradients of shape "
+                f"{tuple(grad_sample.shape)}"
+            )
+        # Out of place: a rule may have passed an expanded tensor.
+        self.grad_sample = (
+            grad_sample if self.grad_sample is None else self.grad_sample + grad_sample
+        )
+
+
+class Collector:
+    """The targets of one context, by the identity of their tensors.
+
+    Args:
+      params: the trainable parameters by name.
+      buffers: the model's buffers. What is computed from them and parameters alone belongs to no
+        sample.
+    """
+
+    def __init__(
+        self, params: Mapping[str, torch.nn.Parameter], buffers: Iterable[torch.Tensor]
+    ) -> None:
+        self.params = [Target(name, param) for name, param in params.items()]
+        self._targets = {id(target.tensor): target for target in self.params}
+        self._computed: list[Target] = []
+        self._shared = {id(buffer): buffer for buffer in buffers}
+        self._batch_size: int | None = None
+        # Axis of the samples in the calls that are being made: 1 inside attention.
+        self.sample_axis = 0
+
+    @property
+    def batch_size(self) -> int:
+        """B, known from the loss on."""
+        if self._batch_size is None:
+            raise PrivacyError(
+                "per_sample_gradients: backward must be called on the per-sample loss of shape (B,) "
+                "or its sum, inside the context"
+            )
+        return self._batch_size
+
+    def set_batch_size(self, size: int) -> None:
+        """The length of the loss; the same for all backward calls in a context."""
+        if self._batch_size not in (None, size):
+            raise PrivacyError(
+                f"per_sample_gradients: every loss in one context must have the same length, got "
+                f"{self._batch_size} and {size}"
+            )
+        self._batch_size = size
+
+    @property
+    def saw_loss(self) -> bool:
+        """Whether a backward has begun."""
+        return self._batch_size is not None
+
+    def target_of(self, value: object) -> Target | None:
+        """The target of a tensor, if it is one."""
+        return self._targets.get(id(value))
+
+    def is_shared(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor comes from buffers alone and so belongs to no sample."""
+        return id(tensor) in self._shared
+
+    def mark_shared(self, tensor: torch.Tensor) -> None:
+        """Note that a tensor was computed from buffers alone."""
+        self._shared[id(tensor)] = tensor
+
+    def mark_computed(self, tensor: torch.Tensor, used: Iterable[Target]) -> None:
+        """Note that a tensor was computed, by ordinary autograd, from targets alone."""
+        sources: dict[int, Target] = {}
+        for target in used:
+            for source in target.sources or (target,):
+                sources[id(source)] = source
+        found = tuple(sources.values())
+        name = ", ".join(source.name for source in found)
+        target = Target(name, tensor, found)
+        self._targets[id(tensor)] = target
+        self._computed.append(target)
+
+    def pull_back(self) -> None:
+        """Turn the per-sample gradients of computed tensors into those of their parameters."""
+        for target in self._computed:
+            if target.grad_sample is None:
+                continue
+            grads = torch.autograd.grad(
+                target.tensor,
+                [source.tensor for source in target.sources],
+                target.grad_sample,
+                is_grads_batched=True,
+                retain_graph=True,
+                allow_unused=True,
+            )
+            target.grad_sample = None
+            for source, grad in zip(target.sources, grads, strict=True):
+                if grad is not None:
+                    source.add(grad)

@@ -1,0 +1,182 @@
+"""Sees every call of a torch function and sends those that take a parameter to a rule."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from dpfast.errors import PrivacyError
+from dpfast.grad_sample._collector import Collector, Target
+from dpfast.grad_sample.rules import RULES, generic
+
+__all__ = ["Interception"]
+
+
+def _unguarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A Python function of torch without its own test for overrides, so that its calls are seen."""
+    assert isinstance(function, types.FunctionType)
+    scope = {**function.__globals__, "has_torch_function": lambda _: False}
+    copy = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_attention = _unguarded(F.multi_head_attention_forward)
+
+
+class Interception(TorchFunctionMode):
+    """The mode that is on inside `per_sample_gradients`.
+
+    Args:
+      collector: what the rules fill.
+      check_loss: called with the arguments of Tensor.backward; returns the gradient to start with.
+    """
+
+    def __init__(
+        self, collector: Collector, check_loss: Callable[[torch.Tensor, Any], torch.Tensor]
+    ) -> None:
+        super().__init__()
+        self._collector = collector
+        self._check_loss = check_loss
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.backward:
+            return self._backward(*args, **kwargs)
+        _refuse_batch_statistics(func, args, kwargs)
+        tensors = _tensors_in(args, kwargs)
+        used = [t for t in map(self._collector.target_of, tensors) if t is not None]
+        if not used or not torch.is_grad_enabled():
+            result = func(*args, **kwargs)
+            if tensors and all(map(self._collector.is_shared, tensors)):
+                for tensor in _tensors_in((result,), {}):
+                    self._collector.mark_shared(tensor)
+            return result
+        if func is F.multi_head_attention_forward:
+            return self._attention(*args, **kwargs)
+        if func in RULES:
+            return RULES[func](self._collector, *args, **kwargs)
+        return self._other(func, args, kwargs, tensors, used)
+
+    def _other(
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        tensors: Sequence[torch.Tensor],
+        used: Sequence[Target],
+    ) -> Any:
+        collector = self._collector
+        apart = all(
+            collector.target_of(tensor) is not None or collector.is_shared(tensor)
+            for tensor in tensors
+        )
+        if apart:
+            # No sample takes part: ordinary autograd follows, up to where one does.
+            result = func(*args, **kwargs)
+            for tensor in _tensors_in((result,), {}):
+                if tensor.requires_grad and collector.target_of(tensor) is None:
+                    collector.mark_computed(tensor, used)
+            return result
+        if collector.sample_axis != 0:
+            names = ", ".join(target.name for target in used)
+            raise NotImplementedError(
+                f"per_sample_gradients: {names} is used inside attention in {func}, which has no "
+                "rule there"
+            )
+        plain = _out_of_place(func)
+        if plain is None:
+            return generic(collector, func, args, kwargs)
+        changed = args[0]
+        if collector.target_of(changed) is not None:
+            raise NotImplementedError(
+                f"per_sample_gradients: {used[0].name} is changed in place by {func}"
+            )
+        return changed.copy_(generic(collector, plain, (changed.clone(), *args[1:]), kwargs))
+
+    def _attention(self, *args: Any, **kwargs: Any) -> Any:
+        # Inside, the samples are on the second axis: (L, B, E).
+        if self._collector.sample_axis != 0:
+            raise NotImplementedError("per_sample_gradients: attention inside attention")
+        if args[0].dim() != 3:
+            raise ValueError(
+                "per_sample_gradients: multi-head attention needs inputs with a sample axis, got "
+                f"shape {tuple(args[0].shape)}"
+            )
+        self._collector.sample_axis = 1
+        try:
+            with self:
+                return _attention(*args, **kwargs)
+        finally:
+            self._collector.sample_axis = 0
+
+    def _backward(
+        self,
+        loss: torch.Tensor,
+        gradient: torch.Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        if create_graph:
+            raise ValueError("per_sample_gradients: create_graph is not supported")
+        start = self._check_loss(loss, gradient)
+        with self:  # what is computed again for checkpointing must be seen
+            torch.autograd.backward(loss, start, retain_graph, inputs=inputs)
+
+
+def _tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    found = []
+    for value in [*args, *kwargs.values()]:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list, dict)):
+            found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return found
+
+
+def _out_of_place(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function that returns what an in-place function of a tensor writes, None for others."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__i") and name.endswith("__") and hasattr(torch.Tensor, f"__{name[3:]}"):
+        other: Callable[..., Any] = getattr(torch.Tensor, f"__{name[3:]}")
+        return other
+    if name.endswith("_") and not name.endswith("__") and hasattr(torch.Tensor, name[:-1]):
+        other = getattr(torch.Tensor, name[:-1])
+        return other
+    return None
+
+
+def _refuse_batch_statistics(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> None:
+    """Statistics over the batch, that no module announced, e.g. in functional use."""
+    if func in (F.batch_norm, torch.batch_norm):
+        places = {F.batch_norm: 5, torch.batch_norm: 5}
+        training = kwargs.get("training", args[places[func]] if len(args) > places[func] else False)
+        if training:
+            raise PrivacyError(
+                "per_sample_gradients: batch_norm in training mode mixes the samples; "
+                "dpfast.replace_batchnorm(model) turns BatchNorm into GroupNorm"
+            )
+    elif func is F.instance_norm:
+        running = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
+        if running is not None and kwargs.get("use_input_stats", args[5] if len(args) > 5 else True):
+            raise PrivacyError(
+                "per_sample_gradients: instance_norm must not update running statistics, which "
+                "would publish the batch's"
+            )
