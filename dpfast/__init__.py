@@ -2,6 +2,7 @@
 
 from dpfast._native import build_info
 from dpfast.errors import PrivacyError
+from dpfast.grad_sample import PerSampleGradients, per_sample_gradients, replace_batchnorm
 from dpfast.ops import ClipStats, Guarantee, NoiseSource, clip_and_noise
 
 __version__ = build_info()["version"]
@@ -10,7 +11,10 @@ __all__ = [
     "ClipStats",
     "Guarantee",
     "NoiseSource",
+    "PerSampleGradients",
     "PrivacyError",
     "__version__",
     "clip_and_noise",
+    "per_sample_gradients",
+    "replace_batchnorm",
 ]

@@ -18,13 +18,16 @@ class Target:
 
     Attributes:
       name: the parameter's name; of a computed tensor the names it comes from.
-      tensor: the tensor itself. Held, so that its id is not given to another.
-      sources: the parameters that a computed tensor comes from; empty for a parameter.
+      tensor: the tensor itself; of a computed one a leaf with the same values, so that no backward
+        pass runs past it. Held, so that its id is not given to another.
+      output: the computed tensor with its graph; None for a parameter.
+      sources: the targets that a computed tensor comes from; empty for a parameter.
       grad_sample: (B, *shape) so far.
     """
 
     name: str
     tensor: torch.Tensor
+    output: torch.Tensor | None = None
     sources: tuple[Target, ...] = ()
     grad_sample: torch.Tensor | None = None
 
@@ -59,16 +62,16 @@ class Collector:
         self._computed: list[Target] = []
         self._shared = {id(buffer): buffer for buffer in buffers}
         self._batch_size: int | None = None
-        # Axis of the samples in the calls that are being made: 1 inside attention.
-        self.sample_axis = 0
+        # Inside attention the samples are on the second axis, of this length: (L, rows, E).
+        self.attention_rows: int | None = None
 
     @property
     def batch_size(self) -> int:
         """B, known from the loss on."""
         if self._batch_size is None:
             raise PrivacyError(
-                "per_sample_gradients: backward must be called on the per-sample loss of shape (B,) "
-                "or its sum, inside the context"
+                "per_sample_gradients: backward must be called on the per-sample loss of shape "
+                "(B,) or its sum, inside the context"
             )
         return self._batch_size
 
@@ -80,6 +83,11 @@ class Collector:
                 f"{self._batch_size} and {size}"
             )
         self._batch_size = size
+
+    @property
+    def sample_axis(self) -> int:
+        """Axis of the samples in the calls that are being made."""
+        return 0 if self.attention_rows is None else 1
 
     @property
     def saw_loss(self) -> bool:
@@ -98,25 +106,26 @@ class Collector:
         """Note that a tensor was computed from buffers alone."""
         self._shared[id(tensor)] = tensor
 
-    def mark_computed(self, tensor: torch.Tensor, used: Iterable[Target]) -> None:
-        """Note that a tensor was computed, by ordinary autograd, from targets alone."""
-        sources: dict[int, Target] = {}
-        for target in used:
-            for source in target.sources or (target,):
-                sources[id(source)] = source
-        found = tuple(sources.values())
-        name = ", ".join(source.name for source in found)
-        target = Target(name, tensor, found)
-        self._targets[id(tensor)] = target
+    def mark_computed(self, output: torch.Tensor, used: Iterable[Target]) -> torch.Tensor:
+        """Note that a tensor was computed, by ordinary autograd, from targets alone.
+
+        Returns:
+          A leaf to use in its place.
+        """
+        sources = tuple({id(target): target for target in used}.values())
+        name = ", ".join(dict.fromkeys(source.name for source in sources))
+        target = Target(name, output.detach().requires_grad_(), output, sources)
+        self._targets[id(target.tensor)] = target
         self._computed.append(target)
+        return target.tensor
 
     def pull_back(self) -> None:
         """Turn the per-sample gradients of computed tensors into those of their parameters."""
-        for target in self._computed:
-            if target.grad_sample is None:
+        for target in reversed(self._computed):
+            if target.grad_sample is None or target.output is None:
                 continue
             grads = torch.autograd.grad(
-                target.tensor,
+                target.output,
                 [source.tensor for source in target.sources],
                 target.grad_sample,
                 is_grads_batched=True,

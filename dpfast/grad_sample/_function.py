@@ -1,30 +1,52 @@
-"""The base of the rules' autograd functions."""
+"""How a rule takes part in autograd."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["low_precision", "quiet_backward", "without_autocast"]
+__all__ = ["RuleCall", "low_precision", "without_autocast"]
 
 
-def quiet_backward(
-    backward: Callable[..., Any],
-) -> Callable[[Any, torch.Tensor], Any]:
-    """Run `backward(ctx, saved tensors, grad_output)` unseen by the interception.
+class RuleCall(ABC):
+    """One call of a function that takes parameters: its forward and its backward.
 
-    The saved tensors are fetched before: with checkpointing that computes them again, and these
-    calls must be seen.
+    The parameters get their per-sample gradients in `backward` and none from autograd.
     """
 
-    def run(ctx: Any, grad_output: torch.Tensor) -> Any:
+    @abstractmethod
+    def forward(self, *inputs: Any) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+        """The result, and the tensors that `backward` needs."""
+
+    @abstractmethod
+    def backward(
+        self, saved: Sequence[Any], grad_output: torch.Tensor, wanted: Sequence[bool]
+    ) -> Sequence[torch.Tensor | None]:
+        """The gradients of the inputs, as many as `wanted`; of parameters None."""
+
+    def __call__(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+        """The differentiable result."""
+        result: torch.Tensor = _Ruled.apply(self, *inputs)  # type: ignore[no-untyped-call]
+        return result
+
+
+class _Ruled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: RuleCall, *inputs: torch.Tensor | None) -> torch.Tensor:
+        result, saved = call.forward(*inputs)
+        ctx.save_for_backward(*saved)
+        ctx.call = call
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        # Fetched where the interception is on: with checkpointing that computes them again.
         saved = ctx.saved_tensors
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            return backward(ctx, saved, grad_output)
-
-    return staticmethod(torch.autograd.function.once_differentiable(run))  # type: ignore[return-value]
+            return None, *ctx.call.backward(saved, grad_outputs[0], ctx.needs_input_grad[1:])
 
 
 def low_precision(device: torch.device) -> torch.dtype | None:

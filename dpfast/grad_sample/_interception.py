@@ -87,11 +87,9 @@ class Interception(TorchFunctionMode):
         )
         if apart:
             # No sample takes part: ordinary autograd follows, up to where one does.
-            result = func(*args, **kwargs)
-            for tensor in _tensors_in((result,), {}):
-                if tensor.requires_grad and collector.target_of(tensor) is None:
-                    collector.mark_computed(tensor, used)
-            return result
+            return pytree.tree_map_only(
+                torch.Tensor, lambda t: self._computed(t, used), func(*args, **kwargs)
+            )
         if collector.sample_axis != 0:
             names = ", ".join(target.name for target in used)
             raise NotImplementedError(
@@ -108,21 +106,25 @@ class Interception(TorchFunctionMode):
             )
         return changed.copy_(generic(collector, plain, (changed.clone(), *args[1:]), kwargs))
 
+    def _computed(self, tensor: torch.Tensor, used: Sequence[Target]) -> torch.Tensor:
+        if not tensor.requires_grad or self._collector.target_of(tensor) is not None:
+            return tensor
+        return self._collector.mark_computed(tensor, used)
+
     def _attention(self, *args: Any, **kwargs: Any) -> Any:
-        # Inside, the samples are on the second axis: (L, B, E).
-        if self._collector.sample_axis != 0:
+        if self._collector.attention_rows is not None:
             raise NotImplementedError("per_sample_gradients: attention inside attention")
         if args[0].dim() != 3:
             raise ValueError(
                 "per_sample_gradients: multi-head attention needs inputs with a sample axis, got "
                 f"shape {tuple(args[0].shape)}"
             )
-        self._collector.sample_axis = 1
+        self._collector.attention_rows = args[0].shape[1]
         try:
             with self:
                 return _attention(*args, **kwargs)
         finally:
-            self._collector.sample_axis = 0
+            self._collector.attention_rows = None
 
     def _backward(
         self,
@@ -175,7 +177,9 @@ def _refuse_batch_statistics(
             )
     elif func is F.instance_norm:
         running = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
-        if running is not None and kwargs.get("use_input_stats", args[5] if len(args) > 5 else True):
+        if running is not None and kwargs.get(
+            "use_input_stats", args[5] if len(args) > 5 else True
+        ):
             raise PrivacyError(
                 "per_sample_gradients: instance_norm must not update running statistics, which "
                 "would publish the batch's"

@@ -40,7 +40,7 @@ class PerSampleGradients(Mapping[str, torch.Tensor]):
         if self._mode is not None:
             raise RuntimeError(f"{_NAME}: a context must not be entered twice")
         self._mode = Interception(self._collector, self._check_loss)
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -50,7 +50,7 @@ class PerSampleGradients(Mapping[str, torch.Tensor]):
         trace: TracebackType | None,
     ) -> None:
         assert self._mode is not None
-        self._mode.__exit__(kind, error, trace)
+        self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         if kind is None:
             self._finish()
 
@@ -91,8 +91,8 @@ class PerSampleGradients(Mapping[str, torch.Tensor]):
         collector = self._collector
         if not collector.saw_loss:
             raise RuntimeError(
-                f"{_NAME}: there are no gradients before backward was called on the per-sample loss "
-                "inside the context"
+                f"{_NAME}: there are no gradients before backward was called on the per-sample "
+                "loss inside the context"
             )
         collector.pull_back()
         for target in collector.params:
@@ -103,16 +103,16 @@ class PerSampleGradients(Mapping[str, torch.Tensor]):
                 )
             if target.grad_sample is None:
                 raise PrivacyError(
-                    f"{_NAME}: {target.name} requires grad but got no per-sample gradient; freeze it "
-                    "(requires_grad_(False)) if it takes no part"
+                    f"{_NAME}: {target.name} requires grad but got no per-sample gradient; freeze "
+                    "it (requires_grad_(False)) if it takes no part"
                 )
         self._result = {}
         for target in collector.params:
             assert target.grad_sample is not None
             if target.grad_sample.shape[0] != collector.batch_size:
                 raise PrivacyError(
-                    f"{_NAME}: {target.name} got gradients of {target.grad_sample.shape[0]} samples, "
-                    f"the loss has {collector.batch_size}"
+                    f"{_NAME}: {target.name} got gradients of {target.grad_sample.shape[0]} "
+                    f"samples, the loss has {collector.batch_size}"
                 )
             self._result[target.name] = target.grad_sample
         return self._result

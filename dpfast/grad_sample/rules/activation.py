@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dpfast.grad_sample._collector import Collector, Target
-from dpfast.grad_sample._function import quiet_backward
+from dpfast.grad_sample._function import RuleCall
 from dpfast.grad_sample._samples import fold
 
 __all__ = ["prelu"]
 
 
-class _Call(NamedTuple):
+@dataclass(frozen=True)
+class _PReLU(RuleCall):
     collector: Collector
     target: Target
 
+    def forward(self, *inputs: Any) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+        x, weight = inputs
+        return torch.prelu(x, weight.to(x.dtype)), (x, weight)
 
-class _PReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, call: _Call) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.call = call
-        return torch.prelu(x, weight.to(x.dtype))
-
-    @quiet_backward
-    def backward(ctx: Any, saved: Any, grad_output: torch.Tensor) -> Any:
+    def backward(
+        self, saved: Sequence[Any], grad_output: torch.Tensor, wanted: Sequence[bool]
+    ) -> Sequence[torch.Tensor | None]:
         x, weight = saved
-        collector, target = ctx.call
-        slopes = weight.to(x.dtype)
-        if x.dim() > 1:
-            slopes = slopes.reshape(1, -1, *[1] * (x.dim() - 2))
+        slopes = weight.to(x.dtype).reshape(1, -1, *[1] * (x.dim() - 2))
         grad_x, terms = torch.ops.aten._prelu_kernel_backward(grad_output, x, slopes)
         if weight.numel() == 1:
             sums = terms.flatten(1).sum(1, keepdim=True)
         else:
             sums = terms.flatten(2).sum(2) if x.dim() > 2 else terms
-        target.add(fold(sums, collector.batch_size, target.name).reshape(-1, *weight.shape))
-        return grad_x, None, None
+        sums = fold(sums, self.collector.batch_size, self.target.name)
+        self.target.add(sums.reshape(-1, *weight.shape))
+        return grad_x, None
 
 
 def prelu(collector: Collector, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -50,6 +48,4 @@ def prelu(collector: Collector, input: torch.Tensor, weight: torch.Tensor) -> to
             f"per_sample_gradients: {target.name} needs an input with a sample axis, (B, C, ...), "
             f"got shape {tuple(input.shape)}"
         )
-    result = _PReLU.apply(input, weight, _Call(collector, target))
-    assert isinstance(result, torch.Tensor)
-    return result
+    return _PReLU(collector, target)(input, weight)

@@ -2,52 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dpfast.grad_sample._collector import Collector, Target
-from dpfast.grad_sample._function import low_precision, quiet_backward, without_autocast
+from dpfast.grad_sample._function import RuleCall, low_precision, without_autocast
 from dpfast.grad_sample._samples import fold
 from dpfast.ops.conv_grad_sample import ConvSettings, conv_weight_grad_sample
 
 __all__ = ["convolution", "transposed_convolution"]
 
 
-class _Call(NamedTuple):
-    settings: ConvSettings
+@dataclass(frozen=True)
+class _Convolution(RuleCall):
     collector: Collector
+    settings: ConvSettings
     weight: Target | None
     bias: Target | None
 
-
-class _Convolution(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: _Call
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.call = call
+    def forward(self, *inputs: Any) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+        x, weight, bias = inputs
         with without_autocast(x.device):
             bias = None if bias is None else bias.to(x.dtype)
-            return torch.convolution(x, weight.to(x.dtype), bias, *call.settings)
+            result = torch.convolution(x, weight.to(x.dtype), bias, *self.settings)
+        return result, (x, weight)
 
-    @quiet_backward
-    def backward(ctx: Any, saved: Any, grad_output: torch.Tensor) -> Any:
+    def backward(
+        self, saved: Sequence[Any], grad_output: torch.Tensor, wanted: Sequence[bool]
+    ) -> Sequence[torch.Tensor | None]:
         x, weight = saved
-        settings, collector, weight_target, bias_target = ctx.call
         grad_x = None
-        if ctx.needs_input_grad[0]:
+        if wanted[0]:
             grad_x = torch.ops.aten.convolution_backward(
-                grad_output, x, weight.to(x.dtype), None, *settings, [True, False, False]
+                grad_output, x, weight.to(x.dtype), None, *self.settings, [True, False, False]
             )[0]
-        batch_size = collector.batch_size
-        if weight_target is not None:
-            grads = conv_weight_grad_sample(x, grad_output, weight.shape, settings)
-            weight_target.add(fold(grads, batch_size, weight_target.name))
-        if bias_target is not None:
-            bias_target.add(fold(grad_output.flatten(2).sum(2), batch_size, bias_target.name))
-        return grad_x, None, None, None
+        batch_size = self.collector.batch_size
+        if self.weight is not None:
+            grads = conv_weight_grad_sample(x, grad_output, weight.shape, self.settings)
+            self.weight.add(fold(grads, batch_size, self.weight.name))
+        if self.bias is not None:
+            self.bias.add(fold(grad_output.flatten(2).sum(2), batch_size, self.bias.name))
+        return grad_x, None, None
 
 
 def _per_axis(value: Any, axes: int) -> list[int]:
@@ -68,15 +66,12 @@ def _apply(
     name = next(target.name for target in targets if target is not None)
     if x.dim() != weight.dim():
         raise ValueError(
-            f"per_sample_gradients: {name} needs an input with a sample axis, (B, C, *spatial), got "
-            f"shape {tuple(x.shape)}"
+            f"per_sample_gradients: {name} needs an input with a sample axis, (B, C, *spatial), "
+            f"got shape {tuple(x.shape)}"
         )
     dtype = low_precision(x.device)
-    result = _Convolution.apply(
-        x if dtype is None else x.to(dtype), weight, bias, _Call(settings, collector, *targets)
-    )
-    assert isinstance(result, torch.Tensor)
-    return result
+    call = _Convolution(collector, settings, *targets)
+    return call(x if dtype is None else x.to(dtype), weight, bias)
 
 
 def convolution(

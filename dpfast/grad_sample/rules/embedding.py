@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dpfast.grad_sample._collector import Collector, Target
-from dpfast.grad_sample._function import quiet_backward
+from dpfast.grad_sample._function import RuleCall
 from dpfast.grad_sample._samples import samples_first
 
 __all__ = ["embedding"]
 
 
-class _Call(NamedTuple):
+@dataclass(frozen=True)
+class _Embedding(RuleCall):
     collector: Collector
     target: Target
     padding_idx: int | None
 
+    def forward(self, *inputs: Any) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+        ids, weight = inputs
+        return torch.nn.functional.embedding(ids, weight), (ids,)
 
-class _Embedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ids: torch.Tensor, weight: torch.Tensor, call: _Call) -> torch.Tensor:
-        ctx.save_for_backward(ids)
-        ctx.call = call
-        return torch.nn.functional.embedding(ids, weight)
-
-    @quiet_backward
-    def backward(ctx: Any, saved: Any, grad_output: torch.Tensor) -> Any:
-        (ids,) = saved
-        collector, target, padding_idx = ctx.call
-        batch_size = collector.batch_size
-        width = target.tensor.shape[1]
-        rows = samples_first(ids, batch_size, 0, target.name).flatten(1)
-        grads = grad_output.reshape(*rows.shape, width)
-        if padding_idx is not None:
-            grads = grads.masked_fill((rows == padding_idx).unsqueeze(2), 0.0)
-        result = grads.new_zeros((batch_size, *target.tensor.shape))
-        result.scatter_add_(1, rows.unsqueeze(2).expand(-1, -1, width), grads)
-        target.add(result)
-        return None, None, None
+    def backward(
+        self, saved: Sequence[Any], grad_output: torch.Tensor, wanted: Sequence[bool]
+    ) -> Sequence[torch.Tensor | None]:
+        batch_size, shape = self.collector.batch_size, self.target.tensor.shape
+        rows = samples_first(saved[0], batch_size, 0, self.target.name).flatten(1)
+        grads = grad_output.reshape(*rows.shape, shape[1])
+        if self.padding_idx is not None:
+            grads = grads.masked_fill((rows == self.padding_idx).unsqueeze(2), 0.0)
+        result = grads.new_zeros((batch_size, *shape))
+        self.target.add(result.scatter_add_(1, rows.unsqueeze(2).expand_as(grads), grads))
+        return None, None
 
 
 def embedding(
@@ -58,12 +54,10 @@ def embedding(
     for name, value in (("max_norm", max_norm), ("scale_grad_by_freq", scale_grad_by_freq)):
         if value:
             raise ValueError(
-                f"per_sample_gradients: {target.name} must not use {name}, which couples the samples"
+                f"per_sample_gradients: {target.name} must not use {name}, which couples samples"
             )
     if sparse:
         raise ValueError(f"per_sample_gradients: {target.name} must not have sparse gradients")
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    result = _Embedding.apply(input, weight, _Call(collector, target, padding_idx))
-    assert isinstance(result, torch.Tensor)
-    return result
+    return _Embedding(collector, target, padding_idx)(input, weight)

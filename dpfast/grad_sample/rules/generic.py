@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from dpfast.errors import PrivacyError
 from dpfast.grad_sample._collector import Collector, Target
-from dpfast.grad_sample._function import quiet_backward
+from dpfast.grad_sample._function import RuleCall
 from dpfast.grad_sample._samples import samples_first
 
 __all__ = ["generic"]
 
 
-class _Call(NamedTuple):
+@dataclass(frozen=True)
+class _Generic(RuleCall):
     collector: Collector
     function: Callable[..., Any]
     spec: pytree.TreeSpec
@@ -33,75 +35,69 @@ class _Call(NamedTuple):
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return self.function(*args, **kwargs)
 
+    @property
+    def names(self) -> str:
+        """Of the parameters, for messages."""
+        return ", ".join(target.name for target in self.targets if target is not None)
 
-class _Generic(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.call = call
-        result = call.run(tensors)
+    def forward(self, *inputs: Any) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+        result = self.run(inputs)
         if not isinstance(result, torch.Tensor):
-            names = ", ".join(t.name for t in call.targets if t is not None)
             raise NotImplementedError(
-                f"per_sample_gradients: {names} is used in {call.function}, which returns more than "
-                "one tensor and has no rule"
+                f"per_sample_gradients: {self.names} is used in {self.function}, which returns "
+                "more than one tensor and has no rule"
             )
-        # A view would have to be tracked as one.
-        return result.clone() if result._is_view() else result
+        # A view of an input would have to be tracked as one.
+        return result.clone() if result._is_view() else result, inputs
 
-    @quiet_backward
-    def backward(ctx: Any, saved: Any, grad_output: torch.Tensor) -> Any:
-        call: _Call = ctx.call
-        batch_size = call.collector.batch_size
-        names = ", ".join(t.name for t in call.targets if t is not None)
-        wanted = [
-            place
-            for place, tensor in enumerate(saved)
-            if call.targets[place] is not None or ctx.needs_input_grad[1 + place]
-        ]
+    def backward(
+        self, saved: Sequence[Any], grad_output: torch.Tensor, wanted: Sequence[bool]
+    ) -> Sequence[torch.Tensor | None]:
+        batch_size, names = self.collector.batch_size, self.names
         if batch_size == 0:
-            for target in call.targets:
+            for target in self.targets:
                 if target is not None:
                     target.add(target.tensor.new_zeros((0, *target.tensor.shape)))
-            return (None, *[None if t is None else torch.zeros_like(t) for t in saved])
-        rows = [
-            tensor
-            if call.targets[place] is not None or call.shared[place] or tensor.dim() == 0
-            else samples_first(tensor, batch_size, 0, names)
-            for place, tensor in enumerate(saved)
-        ]
-        of_sample = [row is not tensor for row, tensor in zip(rows, saved, strict=True)]
+            return [
+                torch.zeros_like(t) if want else None for t, want in zip(saved, wanted, strict=True)
+            ]
+        varied = [place for place, want in enumerate(wanted) if want]
+        rows, axes = [], []
+        for tensor, target, shared in zip(saved, self.targets, self.shared, strict=True):
+            of_samples = target is None and not shared and tensor.dim() > 0
+            rows.append(samples_first(tensor, batch_size, 0, names) if of_samples else tensor)
+            axes.append(0 if of_samples else None)
 
         def gradients(cotangent: torch.Tensor, *sample: torch.Tensor) -> Any:
-            def partial(*varied: torch.Tensor) -> Any:
+            def partial(*values: torch.Tensor) -> Any:
                 tensors = list(sample)
-                for place, tensor in zip(wanted, varied, strict=True):
-                    tensors[place] = tensor
-                return call.run(tensors)
+                for place, value in zip(varied, values, strict=True):
+                    tensors[place] = value
+                return self.run(tensors)
 
-            result, pull = torch.func.vjp(partial, *[sample[place] for place in wanted])
+            vjp: Any = torch.func.vjp(partial, *[sample[place] for place in varied])
+            result, pull = vjp
             if result.shape != cotangent.shape:
                 raise PrivacyError(
-                    f"per_sample_gradients: {names} is used in {call.function}, whose result for one "
-                    f"sample has shape {tuple(result.shape)}, not {tuple(cotangent.shape)}: the "
-                    "first axis must hold the samples"
+                    f"per_sample_gradients: {names} is used in {self.function}, whose result for "
+                    f"one sample has shape {tuple(result.shape)}, not {tuple(cotangent.shape)}: "
+                    "the first axis must hold the samples"
                 )
             return pull(cotangent)
 
         cotangents = samples_first(grad_output, batch_size, 0, names)
-        axes = (0, *[0 if own else None for own in of_sample])
         with torch.enable_grad():
-            grads = torch.func.vmap(gradients, in_dims=axes, randomness="error")(cotangents, *rows)
+            grads = torch.func.vmap(gradients, in_dims=(0, *axes))(cotangents, *rows)
         result: list[torch.Tensor | None] = [None] * len(saved)
-        for place, grad in zip(wanted, grads, strict=True):
-            target = call.targets[place]
+        for place, grad in zip(varied, grads, strict=True):
+            target = self.targets[place]
             if target is not None:
                 target.add(grad)
-            elif of_sample[place]:
-                result[place] = grad.reshape(saved[place].shape)
             else:
-                result[place] = grad.sum(0)
-        return (None, *result)
+                result[place] = (
+                    grad.sum(0) if axes[place] is None else grad.reshape_as(saved[place])
+                )
+        return result
 
 
 def generic(
@@ -115,7 +111,7 @@ def generic(
     leaves, spec = pytree.tree_flatten((args, kwargs))
     places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
     tensors = [leaves[place] for place in places]
-    call = _Call(
+    call = _Generic(
         collector,
         function,
         spec,
@@ -124,6 +120,4 @@ def generic(
         tuple(collector.target_of(tensor) for tensor in tensors),
         tuple(collector.is_shared(tensor) for tensor in tensors),
     )
-    result = _Generic.apply(call, *tensors)
-    assert isinstance(result, torch.Tensor)
-    return result
+    return call(*tensors)

@@ -2,49 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dpfast.grad_sample._collector import Collector, Target
-from dpfast.grad_sample._function import low_precision, quiet_backward, without_autocast
+from dpfast.grad_sample._function import RuleCall, low_precision, without_autocast
 from dpfast.grad_sample._samples import samples_first
 
 __all__ = ["linear"]
 
 
-class _Call(NamedTuple):
+@dataclass(frozen=True)
+class _Linear(RuleCall):
     collector: Collector
     sample_axis: int
     weight: Target | None
     bias: Target | None
 
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: _Call
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.call = call
+    def forward(self, *inputs: Any) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+        x, weight, bias = inputs
         with without_autocast(x.device):
             bias = None if bias is None else bias.to(x.dtype)
-            return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+            return torch.nn.functional.linear(x, weight.to(x.dtype), bias), (x, weight)
 
-    @quiet_backward
-    def backward(ctx: Any, saved: Any, grad_output: torch.Tensor) -> Any:
+    def backward(
+        self, saved: Sequence[Any], grad_output: torch.Tensor, wanted: Sequence[bool]
+    ) -> Sequence[torch.Tensor | None]:
         x, weight = saved
-        collector, axis, weight_target, bias_target = ctx.call
-        grad_x = grad_output @ weight.to(x.dtype) if ctx.needs_input_grad[0] else None
-        name = next(t.name for t in (weight_target, bias_target) if t is not None)
+        grad_x = grad_output @ weight.to(x.dtype) if wanted[0] else None
+        name = next(t.name for t in (self.weight, self.bias) if t is not None)
+        batch_size = self.collector.batch_size
         # (B, all positions of a sample, features)
-        outer = samples_first(grad_output, collector.batch_size, axis, name).flatten(1, -2)
-        if weight_target is not None:
-            inner = samples_first(x, collector.batch_size, axis, name).flatten(1, -2)
-            weight_target.add(outer.transpose(1, 2) @ inner)
-        if bias_target is not None:
-            bias_target.add(outer.sum(1))
-        return grad_x, None, None, None
+        outer = samples_first(grad_output, batch_size, self.sample_axis, name).flatten(1, -2)
+        if self.weight is not None:
+            inner = samples_first(x, batch_size, self.sample_axis, name).flatten(1, -2)
+            self.weight.add(outer.transpose(1, 2) @ inner)
+        if self.bias is not None:
+            self.bias.add(outer.sum(1))
+        return grad_x, None, None
 
 
 def linear(
@@ -63,6 +61,8 @@ def linear(
         )
     dtype = low_precision(input.device)
     x = input if dtype is None else input.to(dtype)
-    result = _Linear.apply(x, weight, bias, _Call(collector, collector.sample_axis, *targets))
-    assert isinstance(result, torch.Tensor)
-    return result
+    call = _Linear(collector, collector.sample_axis, *targets)
+    if collector.attention_rows is not None and x.dim() == 2:
+        # The output projection's input: (L, samples, E) with the first two axes merged.
+        return call(x.reshape(-1, collector.attention_rows, x.shape[1]), weight, bias).flatten(0, 1)
+    return call(x, weight, bias)

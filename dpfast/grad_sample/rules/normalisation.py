@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dpfast.grad_sample._collector import Collector, Target
-from dpfast.grad_sample._function import quiet_backward
+from dpfast.grad_sample._function import RuleCall
 from dpfast.grad_sample._samples import fold, samples_first
 
 __all__ = ["group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -17,69 +18,51 @@ __all__ = ["group_norm", "instance_norm", "layer_norm", "rms_norm"]
 _aten = torch.ops.aten
 
 
-class _GroupCall(NamedTuple):
+@dataclass(frozen=True)
+class _GroupNorm(RuleCall):
     collector: Collector
     num_groups: int
     eps: float
     weight: Target | None
     bias: Target | None
 
-
-class _GroupNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        call: _GroupCall,
-    ) -> torch.Tensor:
+    def forward(self, *inputs: Any) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+        x, weight, bias = inputs
         x = x.contiguous()
         n, c = x.shape[:2]
         size = math.prod(x.shape[2:])
         y, mean, rstd = _aten.native_group_norm(
-            x, weight, bias, n, c, size, call.num_groups, call.eps
+            x, weight, bias, n, c, size, self.num_groups, self.eps
         )
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.call = call
-        result: torch.Tensor = y
-        return result
+        return y, (x, weight, mean, rstd)
 
-    @quiet_backward
-    def backward(ctx: Any, saved: Any, grad_output: torch.Tensor) -> Any:
+    def backward(
+        self, saved: Sequence[Any], grad_output: torch.Tensor, wanted: Sequence[bool]
+    ) -> Sequence[torch.Tensor | None]:
         x, weight, mean, rstd = saved
-        call: _GroupCall = ctx.call
         grad_output = grad_output.contiguous()
         n, c = x.shape[:2]
         size = math.prod(x.shape[2:])
         grad_x = None
-        if ctx.needs_input_grad[0]:
+        if wanted[0]:
+            sizes = (n, c, size, self.num_groups)
             grad_x = _aten.native_group_norm_backward(
-                grad_output,
-                x,
-                mean,
-                rstd,
-                weight,
-                n,
-                c,
-                size,
-                call.num_groups,
-                [True, False, False],
+                grad_output, x, mean, rstd, weight, *sizes, [True, False, False]
             )[0]
-        batch_size = call.collector.batch_size
-        flat = grad_output.reshape(n, c, -1)
+        batch_size = self.collector.batch_size
+        flat = grad_output.reshape(n, c, size)
         shift = flat.sum(2)
-        if call.bias is not None:
-            call.bias.add(fold(shift, batch_size, call.bias.name))
-        if call.weight is not None:
+        if self.bias is not None:
+            self.bias.add(fold(shift, batch_size, self.bias.name))
+        if self.weight is not None:
             # sum of grad * (x - mean) * rstd, with mean and rstd of the channel's group
-            products = torch.linalg.vecdot(flat, x.reshape(n, c, -1))
-            per_group = c // call.num_groups
-            means = mean.reshape(n, -1).repeat_interleave(per_group, 1)
-            scales = rstd.reshape(n, -1).repeat_interleave(per_group, 1)
+            products = torch.linalg.vecdot(flat, x.reshape(n, c, size))
+            in_group = c // self.num_groups
+            means = mean.reshape(n, self.num_groups).repeat_interleave(in_group, 1)
+            scales = rstd.reshape(n, self.num_groups).repeat_interleave(in_group, 1)
             scale_grads = (products - shift * means) * scales
-            call.weight.add(fold(scale_grads, batch_size, call.weight.name))
-        return grad_x, None, None, None
+            self.weight.add(fold(scale_grads, batch_size, self.weight.name))
+        return grad_x, None, None
 
 
 def group_norm(
@@ -92,10 +75,7 @@ def group_norm(
 ) -> torch.Tensor:
     """torch.nn.functional.group_norm."""
     targets = (collector.target_of(weight), collector.target_of(bias))
-    call = _GroupCall(collector, num_groups, eps, *targets)
-    result = _GroupNorm.apply(input, weight, bias, call)
-    assert isinstance(result, torch.Tensor)
-    return result
+    return _GroupNorm(collector, num_groups, eps, *targets)(input, weight, bias)
 
 
 def instance_norm(
@@ -123,7 +103,8 @@ def instance_norm(
     return _scaled(collector, x, weight, bias, 1)
 
 
-class _LayerCall(NamedTuple):
+@dataclass(frozen=True)
+class _LayerNorm(RuleCall):
     collector: Collector
     shape: tuple[int, ...]
     eps: float
@@ -131,41 +112,30 @@ class _LayerCall(NamedTuple):
     weight: Target | None
     bias: Target | None
 
+    def forward(self, *inputs: Any) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+        x, weight, bias = inputs
+        y, mean, rstd = _aten.native_layer_norm(x, self.shape, weight, bias, self.eps)
+        return y, (x, weight, mean, rstd)
 
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        call: _LayerCall,
-    ) -> torch.Tensor:
-        y, mean, rstd = _aten.native_layer_norm(x, call.shape, weight, bias, call.eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.call = call
-        result: torch.Tensor = y
-        return result
-
-    @quiet_backward
-    def backward(ctx: Any, saved: Any, grad_output: torch.Tensor) -> Any:
+    def backward(
+        self, saved: Sequence[Any], grad_output: torch.Tensor, wanted: Sequence[bool]
+    ) -> Sequence[torch.Tensor | None]:
         x, weight, mean, rstd = saved
-        call: _LayerCall = ctx.call
         grad_x = None
-        if ctx.needs_input_grad[0]:
+        if wanted[0]:
             grad_x = _aten.native_layer_norm_backward(
-                grad_output, x, call.shape, mean, rstd, weight, None, [True, False, False]
+                grad_output, x, self.shape, mean, rstd, weight, None, [True, False, False]
             )[0]
-        if call.weight is not None:
-            _add_sums(call, call.weight, grad_output * ((x - mean) * rstd))
-        if call.bias is not None:
-            _add_sums(call, call.bias, grad_output)
-        return grad_x, None, None, None
+        if self.weight is not None:
+            self._add_sums(self.weight, grad_output * ((x - mean) * rstd))
+        if self.bias is not None:
+            self._add_sums(self.bias, grad_output)
+        return grad_x, None, None
 
-
-def _add_sums(call: _LayerCall, target: Target, terms: torch.Tensor) -> None:
-    rows = samples_first(terms, call.collector.batch_size, call.sample_axis, target.name)
-    target.add(rows.reshape(rows.shape[0], math.prod(rows.shape[1 : -len(call.shape)]), *call.shape).sum(1))
+    def _add_sums(self, target: Target, terms: torch.Tensor) -> None:
+        rows = samples_first(terms, self.collector.batch_size, self.sample_axis, target.name)
+        positions = math.prod(rows.shape[1 : -len(self.shape)])
+        target.add(rows.reshape(rows.shape[0], positions, *self.shape).sum(1))
 
 
 def layer_norm(
@@ -185,53 +155,40 @@ def layer_norm(
             f"per_sample_gradients: {name} normalises over the sample axis of an input of shape "
             f"{tuple(input.shape)}"
         )
-    call = _LayerCall(collector, shape, eps, collector.sample_axis, *targets)
-    result = _LayerNorm.apply(input, weight, bias, call)
-    assert isinstance(result, torch.Tensor)
-    return result
+    call = _LayerNorm(collector, shape, eps, collector.sample_axis, *targets)
+    return call(input, weight, bias)
 
 
-class _ScaleCall(NamedTuple):
+@dataclass(frozen=True)
+class _Scale(RuleCall):
+    """x * weight + bias, the weight along some of x's axes."""
+
     collector: Collector
     axis: int  # the first of the weight's axes in the input
     weight: Target | None
     bias: Target | None
 
+    def forward(self, *inputs: Any) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+        x, weight, bias = inputs
+        y = x if weight is None else x * _spread(weight, x, self.axis)
+        return y.clone() if bias is None else y + _spread(bias, x, self.axis), (x, weight)
 
-class _Scale(torch.autograd.Function):
-    """x * weight + bias, the weight along some of x's axes."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        call: _ScaleCall,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.call = call
-        y = x if weight is None else x * _spread(weight, x, call.axis)
-        return y.clone() if bias is None else y + _spread(bias, x, call.axis)
-
-    @quiet_backward
-    def backward(ctx: Any, saved: Any, grad_output: torch.Tensor) -> Any:
+    def backward(
+        self, saved: Sequence[Any], grad_output: torch.Tensor, wanted: Sequence[bool]
+    ) -> Sequence[torch.Tensor | None]:
         x, weight = saved
-        call: _ScaleCall = ctx.call
-        for target, terms in ((call.weight, grad_output * x), (call.bias, grad_output)):
+        for target, terms in ((self.weight, grad_output * x), (self.bias, grad_output)):
             if target is not None:
-                axes = range(call.axis, call.axis + target.tensor.dim())
+                axes = range(self.axis, self.axis + target.tensor.dim())
                 rest = [axis for axis in range(1, x.dim()) if axis not in axes]
                 sums = terms.sum(rest) if rest else terms
-                target.add(fold(sums, call.collector.batch_size, target.name))
-        grad_x = grad_output if weight is None else grad_output * _spread(weight, x, call.axis)
-        return grad_x, None, None, None
+                target.add(fold(sums, self.collector.batch_size, target.name))
+        grad_x = grad_output if weight is None else grad_output * _spread(weight, x, self.axis)
+        return grad_x, None, None
 
 
 def _spread(weight: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
-    return weight.reshape(
-        *[1] * axis, *weight.shape, *[1] * (x.dim() - axis - weight.dim())
-    )
+    return weight.reshape(*[1] * axis, *weight.shape, *[1] * (x.dim() - axis - weight.dim()))
 
 
 def _scaled(
@@ -242,9 +199,7 @@ def _scaled(
     axis: int,
 ) -> torch.Tensor:
     targets = (collector.target_of(weight), collector.target_of(bias))
-    result = _Scale.apply(x, weight, bias, _ScaleCall(collector, axis, *targets))
-    assert isinstance(result, torch.Tensor)
-    return result
+    return _Scale(collector, axis, *targets)(x, weight, bias)
 
 
 def rms_norm(
