@@ -32,6 +32,25 @@ def clip_and_noise_cuda(
     device: int,
     stream: int,
 ) -> None: ...
+def conv_lanes() -> int: ...
+def conv_grad_cpu(
+    anchor: int,
+    moving: int,
+    out: int,
+    squares: int,
+    samples: int,
+    groups: int,
+    m: int,
+    n: int,
+    anchor_size: Sequence[int],
+    moving_size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    swapped: bool,
+    num_threads: int,
+) -> None: ...
 def chacha20_block(key: Sequence[int], counter: int, nonce: Sequence[int]) -> list[int]: ...
 def fill_noise_cpu(
     key: Sequence[int],

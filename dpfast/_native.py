@@ -25,6 +25,8 @@ __all__ = [
     "build_info",
     "chacha20_block",
     "clip_and_noise",
+    "conv_grad",
+    "conv_lanes",
     "cuda_driver_version",
     "fill_noise",
     "has_cuda_kernels",
@@ -166,6 +168,56 @@ def clip_and_noise(
         stream = torch.cuda.current_stream(device).cuda_stream
         _core.clip_and_noise_cuda(tensors, arguments, device.index, stream)
     return threshold, norms, nonfinite
+
+
+def conv_grad(
+    anchor: torch.Tensor,
+    moving: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    groups: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    swapped: bool,
+) -> None:
+    """Per-sample sums of anchor times moving at every tap (csrc/math/conv_grad.h).
+
+    Args:
+      anchor: (N, groups * m, *positions), contiguous float32 on the CPU.
+      moving: (N, groups * n, *spatial), likewise.
+      out: (N, groups * m, n, *kernel), or where swapped (N, groups * n, m, *kernel) with the taps
+        in reverse; likewise.
+      groups: of the convolution.
+      kernel, stride, padding, dilation: one number per spatial axis, of which there are 1 to 3.
+      swapped: which layout `out` has.
+    """
+    missing = 5 - anchor.dim()
+    ones, zeros = [1] * missing, [0] * missing
+    _core.conv_grad_cpu(
+        anchor.data_ptr(),
+        moving.data_ptr(),
+        out.data_ptr(),
+        0,
+        anchor.shape[0],
+        groups,
+        anchor.shape[1] // groups,
+        moving.shape[1] // groups,
+        [*ones, *anchor.shape[2:]],
+        [*ones, *moving.shape[2:]],
+        [*ones, *kernel],
+        [*ones, *stride],
+        [*zeros, *padding],
+        [*ones, *dilation],
+        swapped,
+        torch.get_num_threads(),
+    )
+
+
+def conv_lanes() -> int:
+    """Channels that the convolution kernels take in one vector."""
+    return _core.conv_lanes()
 
 
 def has_cuda_kernels() -> bool:

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "math/clip_and_noise.h"
+#include "math/conv_grad.h"
 
 namespace dpfast::cpu {
 
@@ -21,6 +22,23 @@ struct Prefetch {
 // Rows that weighted_sum adds in one pass over the sums. Fewer do not keep enough reads in flight,
 // and with 16 there are more streams than the prefetchers follow.
 constexpr std::int64_t kRowsPerPass = 8;
+
+// One thread's share of a call: some of a sample's anchor channels, with all moving channels.
+struct ConvTask {
+  std::int64_t sample, group;
+  std::int64_t first_channel, num_channels;  // at most kernels().conv_channels
+  std::int64_t block[2];                     // depths and heights taken at a time
+  double* squares;                           // sum of squares of what the task wrote
+};
+
+// Of one thread, in elements; see conv_workspace().
+struct ConvWorkspace {
+  float* anchor;          // [positions of a block][channels]
+  float* moving;          // [n][padded extent of a block]
+  float* sums;            // [n][taps][channels]
+  std::int64_t* offsets;  // [n * depths * heights of the kernel]
+  float** rows;           // as many
+};
 
 struct Kernels {
   const char* name;
@@ -65,6 +83,11 @@ struct Kernels {
   void (*noise_double)(const math::NoiseStream& stream, std::uint32_t tensor, std::int64_t group,
                        std::int64_t num_groups, math::Mechanism mechanism, const Prefetch& wanted,
                        double* out);
+
+  // Anchor channels of a task, at most; they are taken in whole vectors of `conv_lanes`.
+  std::int64_t conv_channels, conv_lanes;
+  // Writes the task's part of conv.out; every element of conv.out belongs to one task.
+  void (*conv_grad)(const ConvGrad& conv, const ConvTask& task, const ConvWorkspace& workspace);
 
   // Reads everything once: the machine's read bandwidth, for the benchmarks.
   std::uint64_t (*read_all)(const void* data, std::int64_t bytes);

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from dpfast import _native
+
 __all__ = ["ConvSettings", "conv_weight_grad_sample"]
 
 
@@ -33,8 +35,55 @@ def conv_weight_grad_sample(
       settings: the convolution's.
 
     Returns:
-      (N, *weight_shape), dtype of x.
+      (N, *weight_shape), float32 (float64 for float64 input).
     """
+    if x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES and x.dim() <= 5:
+        return _by_own_kernel(x, grad_output, weight_shape, settings)
+    return _by_library(x, grad_output, weight_shape, settings)
+
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _by_own_kernel(
+    x: torch.Tensor, grad_output: torch.Tensor, weight_shape: Sequence[int], settings: ConvSettings
+) -> torch.Tensor:
+    """In float32, on the CPU."""
+    kernel = weight_shape[2:]
+    out = torch.empty((x.shape[0], *weight_shape))
+    anchor, moving = (x, grad_output) if settings.transposed else (grad_output, x)
+    padding = settings.padding
+    # The anchor's channels fill vectors. With a stride of 1 the two can change places.
+    swapped_padding = [
+        (k - 1) * d - p for k, d, p in zip(kernel, settings.dilation, padding, strict=True)
+    ]
+    channels = anchor.shape[1] // settings.groups
+    swapped = (
+        channels < _native.conv_lanes()
+        and channels < moving.shape[1] // settings.groups
+        and all(step == 1 for step in settings.stride)
+        and all(amount >= 0 for amount in swapped_padding)
+    )
+    if swapped:
+        anchor, moving, padding = moving, anchor, swapped_padding
+    _native.conv_grad(
+        anchor.contiguous().float(),
+        moving.contiguous().float(),
+        out,
+        groups=settings.groups,
+        kernel=kernel,
+        stride=settings.stride,
+        padding=padding,
+        dilation=settings.dilation,
+        swapped=swapped,
+    )
+    return out
+
+
+def _by_library(
+    x: torch.Tensor, grad_output: torch.Tensor, weight_shape: Sequence[int], settings: ConvSettings
+) -> torch.Tensor:
+    """By PyTorch's own gradient of the weight, one sample after the other."""
     grads = x.new_empty((x.shape[0], *weight_shape))
     weight = x.new_empty(()).expand(weight_shape)  # its values are not read
     for sample in range(x.shape[0]):
@@ -46,4 +95,4 @@ def conv_weight_grad_sample(
             *settings,
             [False, True, False],
         )[1]
-    return grads
+    return grads.float() if grads.dtype in _NATIVE_DTYPES else grads

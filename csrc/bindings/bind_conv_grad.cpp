@@ -1,0 +1,68 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+
+#include "bindings/module.h"
+#include "cpu/conv_grad_cpu.h"
+#include "cpu/kernels.h"
+
+namespace dpfast::bindings {
+namespace {
+
+namespace py = pybind11;
+using Axes = std::array<std::int64_t, kConvAxes>;
+
+template <class T>
+T* pointer(std::uint64_t address) {
+  return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
+}
+
+void copy(const Axes& from, std::int64_t* to, std::int64_t least, const char* name) {
+  for (int axis = 0; axis < kConvAxes; ++axis) {
+    if (from[axis] < least) {
+      throw std::invalid_argument(std::string("conv_grad: ") + name + " is too small");
+    }
+    to[axis] = from[axis];
+  }
+}
+
+void run(std::uint64_t anchor, std::uint64_t moving, std::uint64_t out, std::uint64_t squares,
+         std::int64_t samples, std::int64_t groups, std::int64_t m, std::int64_t n,
+         const Axes& anchor_size, const Axes& moving_size, const Axes& kernel, const Axes& stride,
+         const Axes& padding, const Axes& dilation, bool swapped, int num_threads) {
+  ConvGrad conv{};
+  conv.anchor = pointer<const float>(anchor);
+  conv.moving = pointer<const float>(moving);
+  conv.out = pointer<float>(out);
+  conv.squares = pointer<double>(squares);
+  conv.samples = samples;
+  conv.groups = groups;
+  conv.m = m;
+  conv.n = n;
+  copy(anchor_size, conv.anchor_size, 0, "anchor_size");
+  copy(moving_size, conv.moving_size, 0, "moving_size");
+  copy(kernel, conv.kernel, 1, "kernel");
+  copy(stride, conv.stride, 1, "stride");
+  copy(padding, conv.padding, 0, "padding");
+  copy(dilation, conv.dilation, 1, "dilation");
+  const std::int64_t taps = volume(conv.kernel);
+  conv.out_m_stride = swapped ? taps : n * taps;
+  conv.out_n_stride = swapped ? m * taps : taps;
+  conv.flip_taps = swapped;
+  py::gil_scoped_release release;
+  cpu::conv_grad(conv, num_threads);
+}
+
+}  // namespace
+
+void bind_conv_grad(py::module_& module) {
+  module.def("conv_lanes", [] { return cpu::kernels().conv_lanes; });
+  module.def("conv_grad_cpu", &run, py::arg("anchor"), py::arg("moving"), py::arg("out"),
+             py::arg("squares"), py::arg("samples"), py::arg("groups"), py::arg("m"), py::arg("n"),
+             py::arg("anchor_size"), py::arg("moving_size"), py::arg("kernel"), py::arg("stride"),
+             py::arg("padding"), py::arg("dilation"), py::arg("swapped"), py::arg("num_threads"));
+}
+
+}  // namespace dpfast::bindings

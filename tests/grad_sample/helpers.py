@@ -1,0 +1,111 @@
+"""The truth about per-sample gradients, one sample at a time, and the comparison with it."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+import dpfast
+from dpfast import PrivacyError
+
+# Relative to the largest true value of a parameter: rounding of sums over a sample's positions,
+# taken in another order, which a few layers of a network multiply.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+# A bias before an instance norm has a true gradient of rounding noise.
+SMALLEST_SCALE = 1e-6
+
+# Called with a model and rows of the batch; returns one loss per row.
+LossOf = Callable[..., torch.Tensor]
+
+
+def one_at_a_time(
+    model: nn.Module, loss_of: LossOf, *batch: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Gradients (B, *shape) of the trainable parameters by ordinary autograd on single samples."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in params}
+    for sample in range(len(batch[0])):
+        model.zero_grad()
+        loss_of(model, *(rows[sample : sample + 1] for rows in batch)).sum().backward()
+        for name, param in params.items():
+            assert param.grad is not None, f"{name} takes no part"
+            found[name].append(param.grad.clone())
+    model.zero_grad()
+    return {
+        name: torch.stack(found[name]) if found[name] else param.new_zeros((0, *param.shape))
+        for name, param in params.items()
+    }
+
+
+def all_at_once(
+    model: nn.Module, loss_of: LossOf, *batch: torch.Tensor
+) -> dpfast.PerSampleGradients:
+    """The same by the package."""
+    with dpfast.per_sample_gradients(model) as grads:
+        loss_of(model, *batch).sum().backward()
+    return grads
+
+
+def assert_close(
+    got: torch.Tensor, expected: torch.Tensor, name: str = "", tolerance: float | None = None
+) -> None:
+    """Equal in shape, dtype and, up to the tolerance, in value; NaN never is."""
+    assert got.shape == expected.shape, f"{name}: shape"
+    assert got.dtype == expected.dtype, f"{name}: dtype"
+    if not expected.numel():
+        return
+    scale = max(float(expected.abs().max()), SMALLEST_SCALE)
+    error = float((got - expected).abs().max()) / scale
+    limit = TOLERANCE[expected.dtype] if tolerance is None else tolerance
+    assert error <= limit, f"{name}: {error:.2g} of the largest value, {limit:.2g} allowed"
+
+
+def assert_same_gradients(
+    grads: Mapping[str, torch.Tensor],
+    truth: Mapping[str, torch.Tensor],
+    tolerance: float | None = None,
+) -> None:
+    """Same names in the same order, same gradients."""
+    assert list(grads) == list(truth)
+    for name, expected in truth.items():
+        assert_close(grads[name], expected, name, tolerance)
+
+
+def check(
+    model: nn.Module, loss_of: LossOf, *batch: torch.Tensor, tolerance: float | None = None
+) -> None:
+    """All at once equals one at a time, and `.grad` stays None."""
+    truth = one_at_a_time(model, loss_of, *batch)
+    grads = all_at_once(model, loss_of, *batch)
+    assert_same_gradients(grads, truth, tolerance)
+    assert all(param.grad is None for param in model.parameters())
+
+
+def check_right_or_refused(model: nn.Module, loss_of: LossOf, *batch: torch.Tensor) -> None:
+    """For what is not promised: an error of the package's own, but never wrong gradients."""
+    try:
+        grads = all_at_once(model, loss_of, *batch)
+    except (PrivacyError, NotImplementedError, ValueError) as error:
+        assert "per_sample_gradients: " in str(error)
+        return
+    model.zero_grad()
+    assert_same_gradients(grads, one_at_a_time(model, loss_of, *batch))
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter drawn anew: also the scales and shifts that start as ones and zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def energy(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A loss of shape (rows,) that depends on every output, not linearly."""
+    return (model(x).flatten(1) - 0.3).square().mean(1)
