@@ -4,6 +4,7 @@ from dpfast._native import build_info
 from dpfast.errors import PrivacyError
 from dpfast.grad_sample import PerSampleGradients, per_sample_gradients, replace_batchnorm
 from dpfast.ops import ClipStats, Guarantee, NoiseSource, clip_and_noise
+from dpfast.segmentation import per_sample_loss
 
 __version__ = build_info()["version"]
 
@@ -16,5 +17,6 @@ __all__ = [
     "__version__",
     "clip_and_noise",
     "per_sample_gradients",
+    "per_sample_loss",
     "replace_batchnorm",
 ]

@@ -190,7 +190,10 @@ def conv_grad(
       out: (N, groups * m, n, *kernel), or where swapped (N, groups * n, m, *kernel) with the taps
         in reverse; likewise.
       groups: of the convolution.
-      kernel, stride, padding, dilation: one number per spatial axis, of which there are 1 to 3.
+      kernel: taps along each spatial axis, of which there are 1 to 3.
+      stride: of the convolution, per axis.
+      padding: zeros before the first value, per axis, >= 0.
+      dilation: distance between taps, per axis.
       swapped: which layout `out` has.
     """
     missing = 5 - anchor.dim()

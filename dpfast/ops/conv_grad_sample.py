@@ -37,12 +37,33 @@ def conv_weight_grad_sample(
     Returns:
       (N, *weight_shape), float32 (float64 for float64 input).
     """
+    if _is_product(weight_shape, settings):
+        return _by_product(x, grad_output, settings)
     if x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES and x.dim() <= 5:
         return _by_own_kernel(x, grad_output, weight_shape, settings)
     return _by_library(x, grad_output, weight_shape, settings)
 
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _is_product(weight_shape: Sequence[int], settings: ConvSettings) -> bool:
+    """Whether every output position sees one input position, its own."""
+    return (
+        all(k == 1 for k in weight_shape[2:])
+        and all(step == 1 for step in settings.stride)
+        and all(amount == 0 for amount in settings.padding)
+        and settings.groups == 1
+    )
+
+
+def _by_product(x: torch.Tensor, grad_output: torch.Tensor, settings: ConvSettings) -> torch.Tensor:
+    """One matrix product a sample."""
+    first, second = (x, grad_output) if settings.transposed else (grad_output, x)
+    product = first.flatten(2) @ second.flatten(2).transpose(1, 2)
+    if product.dtype in _NATIVE_DTYPES:
+        product = product.float()
+    return product.reshape(*product.shape, *[1] * (x.dim() - 2))
 
 
 def _by_own_kernel(
