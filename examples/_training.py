@@ -1,8 +1,9 @@
 """Training a small U-Net with and without differential privacy."""
 
+import copy
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,6 @@ from _data import SegmentationData
 from monai.losses.dice import DiceCELoss
 from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
 import dpfast
 
@@ -82,33 +82,25 @@ class GradientEngine:
     """Computes the step's gradient from the records of one Poisson batch."""
 
     def __init__(self, model: nn.Module, data: SegmentationData, plan: Plan) -> None:
-        """Prepare the per-sample and the summed gradient functions."""
+        """Prepare the loss of every sample by itself."""
+        self._model = model
         self._data = data
         self._plan = plan
-        criterion = DiceCELoss(include_background=False, softmax=True)
+        self._loss = dpfast.per_sample_loss(
+            DiceCELoss(include_background=False, softmax=True, to_onehot_y=True)
+        )
 
-        def sample_loss(params: Gradients, image: Tensor, target: Tensor) -> Tensor:
-            logits = functional_call(model, params, (image.unsqueeze(0),))
-            loss: Tensor = criterion(logits, target.unsqueeze(0))
-            return loss
-
-        def summed_loss(params: Gradients, images: Tensor, targets: Tensor) -> Tensor:
-            return vmap(sample_loss, in_dims=(None, 0, 0))(params, images, targets).sum()
-
-        self._sample_gradients = vmap(grad(sample_loss), in_dims=(None, 0, 0))
-        self._summed_gradient = grad(summed_loss)
-
-    def private(self, params: Gradients, batch: list[int], mechanism: Mechanism) -> Gradients:
+    def private(self, batch: list[int], mechanism: Mechanism) -> Gradients:
         """Return the clipped, noisy mean gradient; an empty batch gives noise alone.
 
         Physical batches are clipped and summed one after the other, so that memory is
         bounded; the noise is added once, with the last one.
         """
-        total = {name: torch.zeros_like(value) for name, value in params.items()}
+        total = self._zeros()
         *earlier, last = self._physical_batches(batch) or [[]]
         for part in earlier:
             dpfast.clip_and_noise(
-                self._grad_samples(params, part),
+                self._grad_samples(part),
                 max_grad_norm=mechanism.max_grad_norm,
                 noise_multiplier=0.0,
                 clipping=mechanism.clipping,
@@ -117,7 +109,7 @@ class GradientEngine:
                 accumulate=True,
             )
         dpfast.clip_and_noise(
-            self._grad_samples(params, last),
+            self._grad_samples(last),
             max_grad_norm=mechanism.max_grad_norm,
             noise_multiplier=mechanism.noise_multiplier,
             clipping=mechanism.clipping,
@@ -129,28 +121,35 @@ class GradientEngine:
         )
         return total
 
-    def plain(self, params: Gradients, batch: list[int]) -> Gradients:
+    def plain(self, batch: list[int]) -> Gradients:
         """Return the same mean gradient without clipping and without noise."""
-        total = {name: torch.zeros_like(value) for name, value in params.items()}
+        total = self._zeros()
         for part in self._physical_batches(batch):
-            for name, value in self._summed_gradient(params, *self._tensors(part)).items():
-                total[name] += value / self._plan.expected_batch_size
+            loss = self._losses(part).sum()
+            gradients = torch.autograd.grad(loss, list(self._model.parameters()))
+            for value, gradient in zip(total.values(), gradients, strict=True):
+                value += gradient / self._plan.expected_batch_size
         return total
 
-    def _grad_samples(self, params: Gradients, part: list[int]) -> Gradients:
+    def _losses(self, part: list[int]) -> Tensor:
+        losses: Tensor = self._loss(
+            self._model(self._data.images[part]), self._data.labels[part].unsqueeze(1)
+        )
+        return losses
+
+    def _grad_samples(self, part: list[int]) -> Mapping[str, Tensor]:
         if not part:
-            return {name: value.new_zeros((0, *value.shape)) for name, value in params.items()}
-        grad_samples: Gradients = self._sample_gradients(params, *self._tensors(part))
+            return {name: value[None][:0] for name, value in self._zeros().items()}
+        with dpfast.per_sample_gradients(self._model) as grad_samples:
+            self._losses(part).sum().backward()  # type: ignore[no-untyped-call]
         return grad_samples
+
+    def _zeros(self) -> Gradients:
+        return {name: torch.zeros_like(p) for name, p in self._model.named_parameters()}
 
     def _physical_batches(self, batch: list[int]) -> list[list[int]]:
         size = self._plan.physical_batch_size
         return [batch[start : start + size] for start in range(0, len(batch), size)]
-
-    def _tensors(self, part: list[int]) -> tuple[Tensor, Tensor]:
-        # One-hot here because MONAI's own conversion writes in place, which vmap forbids.
-        one_hot = nn.functional.one_hot(self._data.labels[part], self._data.num_classes)
-        return self._data.images[part], one_hot.movedim(-1, 1).float()
 
 
 def train(
@@ -169,29 +168,26 @@ def train(
     """
     start = time.perf_counter()
     engine = GradientEngine(model, data, plan)
-    params = {name: value.detach().clone() for name, value in model.named_parameters()}
+    params = dict(model.named_parameters())
     # Averaging the released weights is post-processing: it costs no privacy.
-    average = {name: value.clone() for name, value in params.items()}
+    averaged = copy.deepcopy(model).requires_grad_(False)
+    average = dict(averaged.named_parameters())
     optimiser = torch.optim.Adam(params.values(), lr=learning_rate)
     steps, dice = 0, 0.0
     for batch in poisson_batches(data.num_records, plan.sample_rate, plan.steps, rng):
         steps += 1
-        gradient = (
-            engine.plain(params, batch)
-            if mechanism is None
-            else engine.private(params, batch, mechanism)
-        )
+        gradient = engine.plain(batch) if mechanism is None else engine.private(batch, mechanism)
         for name, value in params.items():
             value.grad = gradient[name]
         optimiser.step()
         decay = min(plan.averaging, steps / (steps + 10))
         for name, value in params.items():
-            average[name].lerp_(value, 1.0 - decay)
+            average[name].lerp_(value.detach(), 1.0 - decay)
         ends_epoch = steps % plan.steps_per_epoch == 0 or steps == plan.steps
         if ends_epoch:
-            model.load_state_dict(average)
-            dice = validation_dice(model, data)
+            dice = validation_dice(averaged, data)
         on_step(steps, dice if ends_epoch else None)
+    model.load_state_dict(averaged.state_dict())
     return Outcome(dice, steps, time.perf_counter() - start)
 
 

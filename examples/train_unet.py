@@ -4,9 +4,9 @@
     python examples/train_unet.py --data DIR/dsb2018_nuclei        # 2D microscopy
     python examples/train_unet.py --data DIR/msd_hippocampus --dims 3
 
-Per-sample gradients come from torch.func, dpfast.clip_and_noise clips their sum and
-adds the noise, batches are Poisson samples, and dp-accounting turns the steps taken
-into epsilon.
+dpfast.per_sample_gradients keeps the samples of a backward pass apart,
+dpfast.clip_and_noise clips them and adds the noise to their sum, batches are Poisson
+samples, and dp-accounting turns the steps taken into epsilon.
 
 What is protected: the training records. One record (an image in 2D, a subject in 3D)
 is the privacy unit, neighbouring data sets differ by adding or removing one, and the

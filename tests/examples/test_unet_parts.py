@@ -18,7 +18,10 @@ from _training import (
     mean_foreground_dice,
     poisson_batches,
 )
+from monai.losses.dice import DiceCELoss
 from PIL import Image
+from torch import nn
+from torch.func import functional_call, grad, vmap
 
 import dpfast
 
@@ -38,9 +41,8 @@ def mechanism(noise_multiplier, clipping="automatic"):
     return Mechanism(clipping, 1.0, noise_multiplier, dpfast.NoiseSource(seed=0))
 
 
-def parameters(data):
-    model = build_unet(2, data.num_classes, (4, 8), 0)
-    return model, {name: value.detach() for name, value in model.named_parameters()}
+def small_unet(data):
+    return build_unet(2, data.num_classes, (4, 8), 0)
 
 
 def flat(gradient):
@@ -49,21 +51,44 @@ def flat(gradient):
 
 @pytest.mark.parametrize("clipping", ["automatic", "flat", "auto_v", "psac"])
 def test_private_gradient_moves_by_at_most_the_bound_when_a_record_is_removed(phantoms, clipping):
-    model, params = parameters(phantoms)
+    model = small_unet(phantoms)
     engine = GradientEngine(model, phantoms, plan())
-    whole = flat(engine.private(params, [0, 1, 2, 3, 4], mechanism(0.0, clipping)))
+    whole = flat(engine.private([0, 1, 2, 3, 4], mechanism(0.0, clipping)))
     for removed in range(5):
         batch = [record for record in range(5) if record != removed]
-        rest = flat(engine.private(params, batch, mechanism(0.0, clipping)))
+        rest = flat(engine.private(batch, mechanism(0.0, clipping)))
         # 1e-5: the sums are rounded to float32.
         assert 0.01 < (whole - rest).norm() * EXPECTED_BATCH_SIZE <= 1.0 + 1e-5
 
 
+def test_private_gradient_equals_that_of_torch_func(phantoms):
+    model = small_unet(phantoms)
+    batch = [0, 1, 5]
+    criterion = DiceCELoss(include_background=False, softmax=True)
+    # One-hot here because MONAI's own conversion writes in place, which vmap forbids.
+    one_hot = nn.functional.one_hot(phantoms.labels[batch], phantoms.num_classes).movedim(-1, 1)
+
+    def loss(params, image, target):
+        return criterion(functional_call(model, params, (image[None],)), target[None])
+
+    params = {name: value.detach() for name, value in model.named_parameters()}
+    grads = vmap(grad(loss), (None, 0, 0))(params, phantoms.images[batch], one_hot.float())
+    twin = dpfast.clip_and_noise(
+        grads,
+        max_grad_norm=1.0,
+        noise_multiplier=0.0,
+        clipping="automatic",
+        expected_batch_size=EXPECTED_BATCH_SIZE,
+    )
+    found = GradientEngine(model, phantoms, plan()).private(batch, mechanism(0.0))
+    torch.testing.assert_close(flat(found), flat(twin), rtol=0, atol=1e-5)
+
+
 def test_private_gradient_does_not_depend_on_the_physical_batches(phantoms):
-    model, params = parameters(phantoms)
+    model = small_unet(phantoms)
     batch = [0, 3, 4, 7, 9]
     results = [
-        flat(GradientEngine(model, phantoms, plan(size)).private(params, batch, mechanism(1.0)))
+        flat(GradientEngine(model, phantoms, plan(size)).private(batch, mechanism(1.0)))
         for size in (2, 5, 16)
     ]
     # Noise included: added per physical batch it would differ by about 1 / 4 everywhere.
@@ -72,20 +97,20 @@ def test_private_gradient_does_not_depend_on_the_physical_batches(phantoms):
 
 
 def test_empty_batch_releases_noise_of_the_stated_scale(phantoms):
-    model, params = parameters(phantoms)
-    noise = flat(GradientEngine(model, phantoms, plan()).private(params, [], mechanism(2.0)))
+    model = small_unet(phantoms)
+    noise = flat(GradientEngine(model, phantoms, plan()).private([], mechanism(2.0)))
     # 5 standard errors of a sample standard deviation.
     tolerance = 5 / (2 * noise.numel()) ** 0.5
     assert noise.std() == pytest.approx(2.0 / EXPECTED_BATCH_SIZE, rel=tolerance)
 
 
 def test_plain_gradient_is_the_mean_over_the_expected_batch(phantoms):
-    model, params = parameters(phantoms)
+    model = small_unet(phantoms)
     engine = GradientEngine(model, phantoms, plan(2))
     batch = [0, 1, 2, 3, 4]
-    mean = sum(flat(engine.plain(params, [record])) for record in batch)
-    torch.testing.assert_close(flat(engine.plain(params, batch)), mean, rtol=1e-4, atol=1e-6)
-    assert flat(engine.plain(params, [])).norm() == 0
+    mean = sum(flat(engine.plain([record])) for record in batch)
+    torch.testing.assert_close(flat(engine.plain(batch)), mean, rtol=1e-4, atol=1e-6)
+    assert flat(engine.plain([])).norm() == 0
 
 
 def test_poisson_batches_include_every_record_at_the_sample_rate():

@@ -13,6 +13,7 @@ from tests.grad_sample.helpers import (
     assert_close,
     assert_same_gradients,
     check,
+    check_right_or_refused,
     energy,
     one_at_a_time,
     random,
@@ -30,6 +31,7 @@ INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 BATCH_SIZES = (0, 1, 7)
 
 quick = settings(max_examples=15, deadline=None, derandomize=True)
+few = settings(quick, max_examples=6)
 batch_sizes = pytest.mark.parametrize("batch_size", BATCH_SIZES)
 dtypes = st.sampled_from([torch.float64, torch.float32])
 small = st.integers(1, 3)
@@ -112,6 +114,7 @@ def convolutions(draw, axes):
     }, sizes
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @batch_sizes
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @quick
@@ -204,13 +207,21 @@ def test_group_norm_equals_one_at_a_time(batch_size, groups, per_group, sizes, d
     check_layer(layer, random(batch_size, groups * per_group, *sizes), dtype=dtype)
 
 
-@batch_sizes
+@pytest.mark.parametrize("batch_size", [1, 7])
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @quick
-@given(channels=small, size=st.integers(2, 4), eps=st.sampled_from([1e-5, 0.1]), dtype=dtypes)
+@given(channels=small, size=st.integers(3, 5), eps=st.sampled_from([1e-5, 0.1]), dtype=dtypes)
 def test_instance_norm_equals_one_at_a_time(axes, batch_size, channels, size, eps, dtype):
     layer = INSTANCE_NORMS[axes - 1](channels, eps=eps, affine=True)
     check_layer(layer, random(batch_size, channels, *[size] * axes), dtype=dtype)
+
+
+# Ordinary autograd of torch 2.13 does not take an empty batch here.
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_instance_norm_of_an_empty_batch_has_empty_gradients(axes):
+    layer = INSTANCE_NORMS[axes - 1](3, affine=True).double()
+    grads = all_at_once(layer, energy, random(0, 3, *[4] * axes))
+    assert {name: grad.shape for name, grad in grads.items()} == {"weight": (0, 3), "bias": (0, 3)}
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
@@ -223,7 +234,11 @@ def test_instance_norm_in_eval_mode_equals_one_at_a_time_with_running_statistics
 
 @pytest.mark.parametrize("layer", [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)])
 def test_norm_equals_one_at_a_time_in_channels_last(layer):
-    check_layer(layer, random(3, 4, 5, 6).to(memory_format=torch.channels_last))
+    x = random(3, 4, 5, 6)
+    # Ordinary autograd of torch 2.13 crashes in channels_last on a gradient that is not.
+    truth = one_at_a_time(randomise(layer.double()), energy, x)
+    grads = all_at_once(layer, energy, x.to(memory_format=torch.channels_last))
+    assert_same_gradients(grads, truth)
 
 
 @batch_sizes
@@ -288,11 +303,10 @@ ATTENTION = list(itertools.product([True, False], repeat=3))
 
 @batch_sizes
 @pytest.mark.parametrize(("batch_first", "need_weights", "cross"), ATTENTION)
-@quick
+@few
 @given(
     length=small, other=small, heads=small, bias=st.booleans(), widths=st.booleans(), dtype=dtypes
 )
-@settings(max_examples=6)
 def test_attention_equals_one_at_a_time(
     batch_size, batch_first, need_weights, cross, length, other, heads, bias, widths, dtype
 ):
@@ -336,28 +350,28 @@ def test_attention_equals_one_at_a_time_under_masks(batch_size):
 
 
 @batch_sizes
-@pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
-@quick
+@few
 @given(length=small, heads=small, gelu=st.booleans(), dtype=dtypes)
-@settings(max_examples=5)
 def test_transformer_encoder_layer_equals_one_at_a_time(
-    batch_size, batch_first, norm_first, length, heads, gelu, dtype
+    batch_size, norm_first, length, heads, gelu, dtype
 ):
+    activation = "gelu" if gelu else "relu"
     layer = nn.TransformerEncoderLayer(
-        4 * heads, heads, 7, 0.0, "gelu" if gelu else "relu",
-        batch_first=batch_first, norm_first=norm_first,
-    )  # fmt: skip
+        4 * heads, heads, 7, 0.0, activation, batch_first=True, norm_first=norm_first
+    )
+    check_layer(layer, random(batch_size, length, 4 * heads), dtype=dtype)
 
-    class BatchFirst(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
 
+# A sequence length that the number of samples divides could be taken for windows.
+@pytest.mark.parametrize(("batch_size", "length"), [(1, 3), (4, 3), (4, 4), (4, 8)])
+def test_transformer_encoder_layer_with_samples_second_is_right_or_refused(batch_size, length):
+    class SamplesSecond(nn.TransformerEncoderLayer):
         def forward(self, x):
-            return layer(x) if batch_first else layer(x.transpose(0, 1)).transpose(0, 1)
+            return super().forward(x.transpose(0, 1)).transpose(0, 1)
 
-    check_layer(BatchFirst(), random(batch_size, length, 4 * heads), dtype=dtype)
+    model = randomise(SamplesSecond(8, 2, 7, 0.0).double())
+    check_right_or_refused(model, energy, random(batch_size, length, 8))
 
 
 def test_transformer_decoder_layer_equals_one_at_a_time():
@@ -386,7 +400,8 @@ def test_rule_equals_one_at_a_time_with_a_frozen_parameter(kind, frozen):
     check_layer(layer, random(3, *shape))
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+# The sum of an instance norm's output has no gradient.
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind != "instance"])
 def test_rule_equals_one_at_a_time_for_strided_inputs_and_expanded_gradients(kind):
     build, shape = LAYERS[kind]
     x = random(*shape, 6).movedim(-1, 0)[::2]
