@@ -2,7 +2,12 @@
 
 from dpfast._native import build_info
 from dpfast.errors import PrivacyError
-from dpfast.grad_sample import PerSampleGradients, per_sample_gradients, replace_batchnorm
+from dpfast.grad_sample import (
+    PerSampleGradients,
+    per_sample_gradients,
+    refuse_coupling,
+    replace_batchnorm,
+)
 from dpfast.ops import ClipStats, Guarantee, NoiseSource, clip_and_noise
 from dpfast.segmentation import per_sample_loss
 
@@ -18,5 +23,6 @@ __all__ = [
     "clip_and_noise",
     "per_sample_gradients",
     "per_sample_loss",
+    "refuse_coupling",
     "replace_batchnorm",
 ]

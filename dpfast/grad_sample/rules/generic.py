@@ -54,6 +54,7 @@ class _Generic(RuleCall):
         self, saved: Sequence[Any], grad_output: torch.Tensor, wanted: Sequence[bool]
     ) -> Sequence[torch.Tensor | None]:
         batch_size, names = self.collector.batch_size, self.names
+        saved = [tensor.detach() for tensor in saved]
         if batch_size == 0:
             for target in self.targets:
                 if target is not None:
