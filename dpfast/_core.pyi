@@ -37,7 +37,7 @@ def conv_grad_cpu(
     anchor: int,
     moving: int,
     out: int,
-    squares: int,
+    anchor_sums: int,
     samples: int,
     groups: int,
     m: int,
@@ -49,6 +49,17 @@ def conv_grad_cpu(
     padding: Sequence[int],
     dilation: Sequence[int],
     swapped: bool,
+    num_threads: int,
+) -> None: ...
+def prelu_grad_cpu(
+    x: int,
+    grad: int,
+    slopes: int,
+    grad_x: int,
+    sums: int,
+    rows: int,
+    channels: int,
+    length: int,
     num_threads: int,
 ) -> None: ...
 def chacha20_block(key: Sequence[int], counter: int, nonce: Sequence[int]) -> list[int]: ...

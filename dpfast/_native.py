@@ -31,6 +31,7 @@ __all__ = [
     "fill_noise",
     "has_cuda_kernels",
     "plain_tensors",
+    "prelu_grad",
     "read_all",
 ]
 
@@ -181,6 +182,7 @@ def conv_grad(
     padding: Sequence[int],
     dilation: Sequence[int],
     swapped: bool,
+    anchor_sums: torch.Tensor | None = None,
 ) -> None:
     """Per-sample sums of anchor times moving at every tap (csrc/math/conv_grad.h).
 
@@ -195,6 +197,7 @@ def conv_grad(
       padding: zeros before the first value, per axis, >= 0.
       dilation: distance between taps, per axis.
       swapped: which layout `out` has.
+      anchor_sums: (N, groups * m), where the anchor's sums over its positions go.
     """
     missing = 5 - anchor.dim()
     ones, zeros = [1] * missing, [0] * missing
@@ -202,7 +205,7 @@ def conv_grad(
         anchor.data_ptr(),
         moving.data_ptr(),
         out.data_ptr(),
-        0,
+        _address(anchor_sums),
         anchor.shape[0],
         groups,
         anchor.shape[1] // groups,
@@ -216,6 +219,36 @@ def conv_grad(
         swapped,
         torch.get_num_threads(),
     )
+
+
+def prelu_grad(
+    x: torch.Tensor, grad: torch.Tensor, slopes: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PReLU's backward pass on the CPU, with the slopes' terms summed over each row.
+
+    Args:
+      x: (N, C, ...), contiguous float32.
+      grad: gradient of the output, likewise.
+      slopes: (C,) or (1,), likewise.
+
+    Returns:
+      The gradient of x, and (N, C) sums of x * grad over x <= 0.
+    """
+    grad_x = torch.empty_like(x)
+    rows = x.shape[0] * x.shape[1]
+    sums = torch.empty(x.shape[:2])
+    _core.prelu_grad_cpu(
+        x.data_ptr(),
+        grad.data_ptr(),
+        slopes.data_ptr(),
+        grad_x.data_ptr(),
+        sums.data_ptr(),
+        rows,
+        slopes.numel(),
+        x.numel() // max(rows, 1),
+        torch.get_num_threads(),
+    )
+    return grad_x, sums
 
 
 def conv_lanes() -> int:

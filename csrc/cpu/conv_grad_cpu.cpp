@@ -48,7 +48,7 @@ struct BlockSize {
 };
 
 struct Buffers {
-  std::vector<float> anchor, moving, sums;
+  std::vector<float> anchor, moving, sums, anchor_sums;
   std::vector<std::int64_t> offsets;
   std::vector<float*> rows;
 };
@@ -64,10 +64,12 @@ void conv_grad(const ConvGrad& conv, int num_threads) {
   const std::int64_t widest = std::min(isa.conv_channels, (conv.m + lanes - 1) / lanes * lanes);
   if (tasks == 0 || conv.n == 0 || taps == 0 || volume(conv.anchor_size) == 0) {
     std::fill(conv.out, conv.out + conv.samples * conv.groups * conv.m * conv.n * taps, 0.0f);
+    if (conv.anchor_sums != nullptr) {
+      std::fill(conv.anchor_sums, conv.anchor_sums + conv.samples * conv.groups * conv.m, 0.0f);
+    }
     return;
   }
   const BlockSize block(conv, widest);
-  std::vector<double> squares(static_cast<std::size_t>(tasks));
   parallel_for(tasks, num_threads, [&](std::int64_t index) {
     thread_local Buffers buffers;
     const auto fit = [](auto& buffer, std::int64_t size) {
@@ -78,7 +80,9 @@ void conv_grad(const ConvGrad& conv, int num_threads) {
     const ConvWorkspace workspace{fit(buffers.anchor, block.anchor),
                                   fit(buffers.moving, block.moving),
                                   fit(buffers.sums, conv.n * taps * widest),
-                                  fit(buffers.offsets, rows), fit(buffers.rows, rows)};
+                                  fit(buffers.anchor_sums, widest),
+                                  fit(buffers.offsets, rows),
+                                  fit(buffers.rows, rows)};
     ConvTask task{};
     task.sample = index / (conv.groups * parts);
     task.group = index / parts % conv.groups;
@@ -86,12 +90,8 @@ void conv_grad(const ConvGrad& conv, int num_threads) {
     task.num_channels = std::min(isa.conv_channels, conv.m - task.first_channel);
     task.block[0] = block.size[0];
     task.block[1] = block.size[1];
-    task.squares = &squares[index];
     isa.conv_grad(conv, task, workspace);
   });
-  for (std::int64_t i = 0; conv.squares != nullptr && i < tasks; ++i) {
-    conv.squares[i / (conv.groups * parts)] += squares[i];
-  }
 }
 
 }  // namespace dpfast::cpu

@@ -28,7 +28,6 @@ struct ConvTask {
   std::int64_t sample, group;
   std::int64_t first_channel, num_channels;  // at most kernels().conv_channels
   std::int64_t block[2];                     // depths and heights taken at a time
-  double* squares;                           // sum of squares of what the task wrote
 };
 
 // Of one thread, in elements; see conv_workspace().
@@ -36,6 +35,7 @@ struct ConvWorkspace {
   float* anchor;          // [positions of a block][channels]
   float* moving;          // [n][padded extent of a block]
   float* sums;            // [n][taps][channels]
+  float* anchor_sums;     // [channels]
   std::int64_t* offsets;  // [n * depths * heights of the kernel]
   float** rows;           // as many
 };
@@ -88,6 +88,11 @@ struct Kernels {
   std::int64_t conv_channels, conv_lanes;
   // Writes the task's part of conv.out; every element of conv.out belongs to one task.
   void (*conv_grad)(const ConvGrad& conv, const ConvTask& task, const ConvWorkspace& workspace);
+
+  // PReLU's backward pass over one row: grad_x = grad where x > 0, else slope * grad. Returns the
+  // sum of x * grad over the other x, float64 between pieces of 4,096.
+  double (*prelu_grad)(const float* x, const float* grad, float slope, std::int64_t length,
+                       float* grad_x);
 
   // Reads everything once: the machine's read bandwidth, for the benchmarks.
   std::uint64_t (*read_all)(const void* data, std::int64_t bytes);

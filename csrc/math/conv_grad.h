@@ -17,7 +17,7 @@ struct ConvGrad {
   const float* anchor;  // [samples, groups * m, anchor_size...]
   const float* moving;  // [samples, groups * n, moving_size...]
   float* out;           // element (b, g, m, n, tap) at the strides below
-  double* squares;      // [samples] sums of squares of out, added to; or null
+  float* anchor_sums;   // [samples, groups * m] sums over the anchor's positions, or null
   std::int64_t samples, groups, m, n;
   std::int64_t anchor_size[kConvAxes], moving_size[kConvAxes], kernel[kConvAxes];
   std::int64_t stride[kConvAxes], padding[kConvAxes], dilation[kConvAxes];

@@ -9,7 +9,7 @@ import torch
 
 from dpfast import _native
 
-__all__ = ["ConvSettings", "conv_weight_grad_sample"]
+__all__ = ["ConvSettings", "conv_grad_sample"]
 
 
 class ConvSettings(NamedTuple):
@@ -23,10 +23,10 @@ class ConvSettings(NamedTuple):
     groups: int
 
 
-def conv_weight_grad_sample(
+def conv_grad_sample(
     x: torch.Tensor, grad_output: torch.Tensor, weight_shape: Sequence[int], settings: ConvSettings
-) -> torch.Tensor:
-    """The gradient of every sample's loss with respect to a convolution's weight.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of every sample's loss with respect to a convolution's weight and bias.
 
     Args:
       x: input (N, C, *spatial).
@@ -35,13 +35,18 @@ def conv_weight_grad_sample(
       settings: the convolution's.
 
     Returns:
-      (N, *weight_shape), float32 (float64 for float64 input).
+      (N, *weight_shape) and (N, K), float32 (float64 for float64 input).
     """
     if _is_product(weight_shape, settings):
-        return _by_product(x, grad_output, settings)
+        return _by_product(x, grad_output, settings), _bias_grads(grad_output)
     if x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES and x.dim() <= 5:
         return _by_own_kernel(x, grad_output, weight_shape, settings)
-    return _by_library(x, grad_output, weight_shape, settings)
+    return _by_library(x, grad_output, weight_shape, settings), _bias_grads(grad_output)
+
+
+def _bias_grads(grad_output: torch.Tensor) -> torch.Tensor:
+    sums = grad_output.flatten(2).sum(2)
+    return sums.float() if sums.dtype in _NATIVE_DTYPES else sums
 
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +73,7 @@ def _by_product(x: torch.Tensor, grad_output: torch.Tensor, settings: ConvSettin
 
 def _by_own_kernel(
     x: torch.Tensor, grad_output: torch.Tensor, weight_shape: Sequence[int], settings: ConvSettings
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """In float32, on the CPU."""
     kernel = weight_shape[2:]
     out = torch.empty((x.shape[0], *weight_shape))
@@ -87,6 +92,9 @@ def _by_own_kernel(
     )
     if swapped:
         anchor, moving, padding = moving, anchor, swapped_padding
+    # The kernel passes over the anchor's channels anyway; are they the output's?
+    of_output = swapped == settings.transposed
+    bias = torch.empty(grad_output.shape[:2]) if of_output else None
     _native.conv_grad(
         anchor.contiguous().float(),
         moving.contiguous().float(),
@@ -97,8 +105,9 @@ def _by_own_kernel(
         padding=padding,
         dilation=settings.dilation,
         swapped=swapped,
+        anchor_sums=bias,
     )
-    return out
+    return out, _bias_grads(grad_output) if bias is None else bias
 
 
 def _by_library(

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpfast import reference
-from dpfast.ops.conv_grad_sample import ConvSettings, conv_weight_grad_sample
+from dpfast.ops.conv_grad_sample import ConvSettings, conv_grad_sample
 
 
 def check(x, grad_output, weight_shape, conv, *, tolerance):
-    found = conv_weight_grad_sample(x, grad_output, weight_shape, conv)
+    found, bias = conv_grad_sample(x, grad_output, weight_shape, conv)
     truth = reference.conv_weight_grad_sample(
         x,
         grad_output,
@@ -25,6 +25,9 @@ def check(x, grad_output, weight_shape, conv, *, tolerance):
     assert found.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
     scale = truth.abs().max().clamp(min=1e-30) if truth.numel() else 1.0
     assert ((found - truth).abs() <= tolerance * scale).all()
+    flat = grad_output.double().flatten(2)
+    assert bias.dtype == found.dtype
+    assert ((bias - flat.sum(2)).abs() <= tolerance * flat.abs().sum(2)).all()
 
 
 @st.composite
@@ -106,7 +109,7 @@ def test_conv_weight_grad_sample_gives_the_same_bits_for_any_number_of_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(conv_weight_grad_sample(x, grad_output, (70, 20, 3, 3), conv))
+            found.append(conv_grad_sample(x, grad_output, (70, 20, 3, 3), conv)[0])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])

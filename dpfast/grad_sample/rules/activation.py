@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dpfast import _native
 from dpfast.grad_sample._collector import Collector, Target
 from dpfast.grad_sample._function import RuleCall
 from dpfast.grad_sample._samples import fold
@@ -28,15 +29,24 @@ class _PReLU(RuleCall):
         self, saved: Sequence[Any], grad_output: torch.Tensor, wanted: Sequence[bool]
     ) -> Sequence[torch.Tensor | None]:
         x, weight = saved
+        if x.device.type == "cpu" and x.dtype == grad_output.dtype == torch.float32:
+            grad_x, sums = _native.prelu_grad(
+                x.contiguous(), grad_output.contiguous(), weight.float().contiguous()
+            )
+            self._add(sums.sum(1, keepdim=True) if weight.numel() == 1 else sums)
+            return grad_x, None
         slopes = weight.to(x.dtype).reshape(1, -1, *[1] * (x.dim() - 2))
         grad_x, terms = torch.ops.aten._prelu_kernel_backward(grad_output, x, slopes)
         if weight.numel() == 1:
             sums = terms.flatten(1).sum(1, keepdim=True)
         else:
             sums = terms.flatten(2).sum(2) if x.dim() > 2 else terms
-        sums = fold(sums, self.collector.batch_size, self.target.name)
-        self.target.add(sums.reshape(-1, *weight.shape))
+        self._add(sums)
         return grad_x, None
+
+    def _add(self, sums: torch.Tensor) -> None:
+        sums = fold(sums, self.collector.batch_size, self.target.name)
+        self.target.add(sums.reshape(-1, *self.target.tensor.shape))
 
 
 def prelu(collector: Collector, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

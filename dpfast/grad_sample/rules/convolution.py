@@ -11,7 +11,7 @@ import torch
 from dpfast.grad_sample._collector import Collector, Target
 from dpfast.grad_sample._function import RuleCall, low_precision, without_autocast
 from dpfast.grad_sample._samples import fold
-from dpfast.ops.conv_grad_sample import ConvSettings, conv_weight_grad_sample
+from dpfast.ops.conv_grad_sample import ConvSettings, conv_grad_sample
 
 __all__ = ["convolution", "transposed_convolution"]
 
@@ -40,11 +40,13 @@ class _Convolution(RuleCall):
                 grad_output, x, weight.to(x.dtype), None, *self.settings, [True, False, False]
             )[0]
         batch_size = self.collector.batch_size
-        if self.weight is not None:
-            grads = conv_weight_grad_sample(x, grad_output, weight.shape, self.settings)
-            self.weight.add(fold(grads, batch_size, self.weight.name))
+        if self.weight is None:
+            biases = grad_output.flatten(2).sum(2)
+        else:
+            weights, biases = conv_grad_sample(x, grad_output, weight.shape, self.settings)
+            self.weight.add(fold(weights, batch_size, self.weight.name))
         if self.bias is not None:
-            self.bias.add(fold(grad_output.flatten(2).sum(2), batch_size, self.bias.name))
+            self.bias.add(fold(biases, batch_size, self.bias.name))
         return grad_x, None, None
 
 

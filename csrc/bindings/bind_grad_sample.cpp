@@ -7,6 +7,7 @@
 #include "bindings/module.h"
 #include "cpu/conv_grad_cpu.h"
 #include "cpu/kernels.h"
+#include "cpu/prelu_grad_cpu.h"
 
 namespace dpfast::bindings {
 namespace {
@@ -28,7 +29,7 @@ void copy(const Axes& from, std::int64_t* to, std::int64_t least, const char* na
   }
 }
 
-void run(std::uint64_t anchor, std::uint64_t moving, std::uint64_t out, std::uint64_t squares,
+void run(std::uint64_t anchor, std::uint64_t moving, std::uint64_t out, std::uint64_t anchor_sums,
          std::int64_t samples, std::int64_t groups, std::int64_t m, std::int64_t n,
          const Axes& anchor_size, const Axes& moving_size, const Axes& kernel, const Axes& stride,
          const Axes& padding, const Axes& dilation, bool swapped, int num_threads) {
@@ -36,7 +37,7 @@ void run(std::uint64_t anchor, std::uint64_t moving, std::uint64_t out, std::uin
   conv.anchor = pointer<const float>(anchor);
   conv.moving = pointer<const float>(moving);
   conv.out = pointer<float>(out);
-  conv.squares = pointer<double>(squares);
+  conv.anchor_sums = pointer<float>(anchor_sums);
   conv.samples = samples;
   conv.groups = groups;
   conv.m = m;
@@ -57,12 +58,25 @@ void run(std::uint64_t anchor, std::uint64_t moving, std::uint64_t out, std::uin
 
 }  // namespace
 
-void bind_conv_grad(py::module_& module) {
+void bind_grad_sample(py::module_& module) {
+  module.def(
+      "prelu_grad_cpu",
+      [](std::uint64_t x, std::uint64_t grad, std::uint64_t slopes, std::uint64_t grad_x,
+         std::uint64_t sums, std::int64_t rows, std::int64_t channels, std::int64_t length,
+         int num_threads) {
+        py::gil_scoped_release release;
+        cpu::prelu_grad(pointer<const float>(x), pointer<const float>(grad),
+                        pointer<const float>(slopes), pointer<float>(grad_x), pointer<float>(sums),
+                        rows, channels, length, num_threads);
+      },
+      py::arg("x"), py::arg("grad"), py::arg("slopes"), py::arg("grad_x"), py::arg("sums"),
+      py::arg("rows"), py::arg("channels"), py::arg("length"), py::arg("num_threads"));
   module.def("conv_lanes", [] { return cpu::kernels().conv_lanes; });
   module.def("conv_grad_cpu", &run, py::arg("anchor"), py::arg("moving"), py::arg("out"),
-             py::arg("squares"), py::arg("samples"), py::arg("groups"), py::arg("m"), py::arg("n"),
-             py::arg("anchor_size"), py::arg("moving_size"), py::arg("kernel"), py::arg("stride"),
-             py::arg("padding"), py::arg("dilation"), py::arg("swapped"), py::arg("num_threads"));
+             py::arg("anchor_sums"), py::arg("samples"), py::arg("groups"), py::arg("m"),
+             py::arg("n"), py::arg("anchor_size"), py::arg("moving_size"), py::arg("kernel"),
+             py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("swapped"),
+             py::arg("num_threads"));
 }
 
 }  // namespace dpfast::bindings
