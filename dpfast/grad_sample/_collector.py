@@ -50,17 +50,17 @@ class Collector:
 
     Args:
       params: the trainable parameters by name.
-      buffers: the model's buffers. What is computed from them and parameters alone belongs to no
-        sample.
+      constants: the model's buffers and frozen parameters. What is computed from them and
+        parameters alone belongs to no sample.
     """
 
     def __init__(
-        self, params: Mapping[str, torch.nn.Parameter], buffers: Iterable[torch.Tensor]
+        self, params: Mapping[str, torch.nn.Parameter], constants: Iterable[torch.Tensor]
     ) -> None:
         self.params = [Target(name, param) for name, param in params.items()]
         self._targets = {id(target.tensor): target for target in self.params}
-        self._computed: list[Target] = []
-        self._shared = {id(buffer): buffer for buffer in buffers}
+        self.computed: list[Target] = []
+        self._shared = {id(tensor): tensor for tensor in constants}
         self._batch_size: int | None = None
         # Inside attention the samples are on the second axis, of this length: (L, rows, E).
         self.attention_rows: int | None = None
@@ -99,11 +99,11 @@ class Collector:
         return self._targets.get(id(value))
 
     def is_shared(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor comes from buffers alone and so belongs to no sample."""
+        """Whether a tensor comes from constants alone and so belongs to no sample."""
         return id(tensor) in self._shared
 
     def mark_shared(self, tensor: torch.Tensor) -> None:
-        """Note that a tensor was computed from buffers alone."""
+        """Note that a tensor was computed from constants alone."""
         self._shared[id(tensor)] = tensor
 
     def mark_computed(self, output: torch.Tensor, used: Iterable[Target]) -> torch.Tensor:
@@ -116,13 +116,17 @@ class Collector:
         name = ", ".join(dict.fromkeys(source.name for source in sources))
         target = Target(name, output.detach().requires_grad_(), output, sources)
         self._targets[id(target.tensor)] = target
-        self._computed.append(target)
+        self.computed.append(target)
         return target.tensor
 
     def pull_back(self) -> None:
         """Turn the per-sample gradients of computed tensors into those of their parameters."""
-        for target in reversed(self._computed):
+        for target in reversed(self.computed):
             if target.grad_sample is None or target.output is None:
+                continue
+            if self.batch_size == 0:
+                for source in target.sources:
+                    source.add(source.tensor.new_zeros((0, *source.tensor.shape)))
                 continue
             grads = torch.autograd.grad(
                 target.output,

@@ -43,7 +43,7 @@ class _Ruled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        # Fetched where the interception is on: with checkpointing that computes them again.
+        # Fetched before, since checkpointing may run the forward pass again here.
         saved = ctx.saved_tensors
         with torch._C.DisableTorchFunction(), torch.no_grad():
             return None, *ctx.call.backward(saved, grad_outputs[0], ctx.needs_input_grad[1:])

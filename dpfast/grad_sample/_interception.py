@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dpfast.errors import PrivacyError
+from dpfast.grad_sample._checkpointing import watch_reentrant, watch_saved_tensor_hooks
 from dpfast.grad_sample._collector import Collector, Target
 from dpfast.grad_sample.rules import RULES, generic
 
@@ -46,6 +49,16 @@ class Interception(TorchFunctionMode):
         super().__init__()
         self._collector = collector
         self._check_loss = check_loss
+        self._again = False  # whether a forward pass is run again
+
+    @contextmanager
+    def _seen_again(self) -> Iterator[None]:
+        before, self._again = self._again, True
+        try:
+            with self:
+                yield
+        finally:
+            self._again = before
 
     def __torch_function__(
         self,
@@ -61,35 +74,38 @@ class Interception(TorchFunctionMode):
         tensors = _tensors_in(args, kwargs)
         used = [t for t in map(self._collector.target_of, tensors) if t is not None]
         if not used or not torch.is_grad_enabled():
+            if used:
+                watch_reentrant(self._seen_again)
             result = func(*args, **kwargs)
-            if tensors and all(map(self._collector.is_shared, tensors)):
+            # A call without tensors makes a constant, if it is the model that makes it.
+            if all(map(self._collector.is_shared, tensors)) and (
+                tensors or self._again or _inside_a_module()
+            ):
                 for tensor in _tensors_in((result,), {}):
                     self._collector.mark_shared(tensor)
             return result
+        if not self._again:
+            watch_saved_tensor_hooks(", ".join(t.name for t in used), self._seen_again)
+        collector = self._collector
+        if all(collector.target_of(t) is not None or collector.is_shared(t) for t in tensors):
+            # No sample takes part: ordinary autograd follows, up to where one does.
+            return pytree.tree_map_only(
+                torch.Tensor, lambda t: self._computed(t, used), func(*args, **kwargs)
+            )
         if func is F.multi_head_attention_forward:
             return self._attention(*args, **kwargs)
-        if func in RULES:
-            return RULES[func](self._collector, *args, **kwargs)
-        return self._other(func, args, kwargs, tensors, used)
+        if func in RULES and collector.target_of(tensors[0]) is None:
+            return RULES[func](collector, *args, **kwargs)
+        return self._other(func, args, kwargs, used)
 
     def _other(
         self,
         func: Callable[..., Any],
         args: Sequence[Any],
         kwargs: dict[str, Any],
-        tensors: Sequence[torch.Tensor],
         used: Sequence[Target],
     ) -> Any:
         collector = self._collector
-        apart = all(
-            collector.target_of(tensor) is not None or collector.is_shared(tensor)
-            for tensor in tensors
-        )
-        if apart:
-            # No sample takes part: ordinary autograd follows, up to where one does.
-            return pytree.tree_map_only(
-                torch.Tensor, lambda t: self._computed(t, used), func(*args, **kwargs)
-            )
         if collector.sample_axis != 0:
             names = ", ".join(target.name for target in used)
             raise NotImplementedError(
@@ -137,8 +153,7 @@ class Interception(TorchFunctionMode):
         if create_graph:
             raise ValueError("per_sample_gradients: create_graph is not supported")
         start = self._check_loss(loss, gradient)
-        with self:  # what is computed again for checkpointing must be seen
-            torch.autograd.backward(loss, start, retain_graph, inputs=inputs)
+        torch.autograd.backward(loss, start, retain_graph, inputs=inputs)
 
 
 def _tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -161,6 +176,16 @@ def _out_of_place(func: Callable[..., Any]) -> Callable[..., Any] | None:
         other = getattr(torch.Tensor, name[:-1])
         return other
     return None
+
+
+def _inside_a_module() -> bool:
+    """Whether the present call comes from a module's forward."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is torch.nn.Module._call_impl.__code__:
+            return True
+    return False
 
 
 def _refuse_batch_statistics(

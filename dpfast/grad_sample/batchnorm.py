@@ -12,6 +12,7 @@ from dpfast.errors import PrivacyError
 __all__ = ["refuse_mixing_layers", "replace_batchnorm"]
 
 _BATCHNORM = (nn.modules.batchnorm._BatchNorm,)
+_SAMPLES_SECOND = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _INSTANCENORM = (nn.modules.instancenorm._InstanceNorm,)
 
 
@@ -22,10 +23,15 @@ def refuse_mixing_layers(model: nn.Module) -> None:
       PrivacyError: names the module and the mend.
     """
     for name, module in model.named_modules():
+        where = f"{name or 'the model'} ({type(module).__name__})"
+        if isinstance(module, _SAMPLES_SECOND) and not module.self_attn.batch_first:
+            raise PrivacyError(
+                f"per_sample_gradients: {where} must have the samples on the first axis; build it "
+                "with batch_first=True"
+            )
+        # InstanceNorm derives from the same base as BatchNorm.
         if not module.training:
             continue
-        where = f"{name or 'the model'} ({type(module).__name__})"
-        # InstanceNorm derives from the same base as BatchNorm.
         if isinstance(module, _INSTANCENORM):
             if module.track_running_stats:
                 raise PrivacyError(
@@ -62,10 +68,13 @@ def replace_batchnorm(model: nn.Module, *, max_groups: int = 32) -> nn.Module:
         raise ValueError(f"replace_batchnorm: max_groups must be an int >= 1, got {max_groups!r}")
     if _is_batchnorm(model):
         return _group_norm(model, max_groups)
+    replaced: dict[nn.Module, nn.Module] = {}  # one layer under two names stays one
     for module in list(model.modules()):
-        for name, child in module.named_children():
-            if _is_batchnorm(child):
-                setattr(module, name, _group_norm(child, max_groups))
+        for name, child in module._modules.items():
+            if child is not None and _is_batchnorm(child):
+                if child not in replaced:
+                    replaced[child] = _group_norm(child, max_groups)
+                setattr(module, name, replaced[child])
     return model
 
 

@@ -31,7 +31,8 @@ class PerSampleGradients(Mapping[str, torch.Tensor]):
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not params:
             raise ValueError(f"{_NAME}: the model must have a parameter that requires grad")
-        self._collector = Collector(params, model.buffers())
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        self._collector = Collector(params, [*model.buffers(), *frozen])
         self._grads_before = {name: _state_of(p.grad) for name, p in params.items()}
         self._mode: Interception | None = None
         self._result: dict[str, torch.Tensor] | None = None
@@ -66,6 +67,10 @@ class PerSampleGradients(Mapping[str, torch.Tensor]):
     def _check_loss(self, loss: torch.Tensor, gradient: Any) -> torch.Tensor:
         """Refuse what is not one loss per sample; return the gradient to start with."""
         self._result = None
+        if self._collector.target_of(loss) is not None:
+            raise PrivacyError(
+                f"{_NAME}: the loss depends on no sample, only on what the model itself creates"
+            )
         if loss.dim() == 1:
             self._collector.set_batch_size(loss.shape[0])
             if gradient is None:
@@ -85,6 +90,13 @@ class PerSampleGradients(Mapping[str, torch.Tensor]):
         self._collector.set_batch_size(int(sizes[0]))
         return torch.ones_like(loss) if gradient is None else gradient
 
+    @staticmethod
+    def _unseen(name: str) -> str:
+        return (
+            f"{_NAME}: {name} got a gradient that mixes the samples, through a function that torch "
+            "cannot intercept (a custom autograd.Function, reentrant checkpointing?)"
+        )
+
     def _finish(self) -> dict[str, torch.Tensor]:
         if self._result is not None:
             return self._result
@@ -94,13 +106,14 @@ class PerSampleGradients(Mapping[str, torch.Tensor]):
                 f"{_NAME}: there are no gradients before backward was called on the per-sample "
                 "loss inside the context"
             )
-        collector.pull_back()
+        with torch._C.DisableTorchFunction():
+            collector.pull_back()
+        for computed in collector.computed:
+            if computed.tensor.grad is not None:
+                raise PrivacyError(self._unseen(computed.name))
         for target in collector.params:
             if _state_of(target.tensor.grad) != self._grads_before[target.name]:
-                raise PrivacyError(
-                    f"{_NAME}: {target.name} got a gradient that mixes the samples, through a "
-                    "function that torch cannot intercept (a custom autograd.Function?)"
-                )
+                raise PrivacyError(self._unseen(target.name))
             if target.grad_sample is None:
                 raise PrivacyError(
                     f"{_NAME}: {target.name} requires grad but got no per-sample gradient; freeze "

@@ -48,19 +48,20 @@ class _Generic(RuleCall):
                 "more than one tensor and has no rule"
             )
         # A view of an input would have to be tracked as one.
-        return result.clone() if result._is_view() else result, inputs
+        return result.clone() if result._is_view() else result, (*inputs, _row_sums(result))
 
     def backward(
         self, saved: Sequence[Any], grad_output: torch.Tensor, wanted: Sequence[bool]
     ) -> Sequence[torch.Tensor | None]:
         batch_size, names = self.collector.batch_size, self.names
-        saved = [tensor.detach() for tensor in saved]
+        *saved, row_sums = [tensor.detach() for tensor in saved]
         if batch_size == 0:
             for target in self.targets:
                 if target is not None:
                     target.add(target.tensor.new_zeros((0, *target.tensor.shape)))
             return [
-                torch.zeros_like(t) if want else None for t, want in zip(saved, wanted, strict=True)
+                torch.zeros_like(t) if want and target is None else None
+                for t, want, target in zip(saved, wanted, self.targets, strict=True)
             ]
         varied = [place for place, want in enumerate(wanted) if want]
         rows, axes = [], []
@@ -84,11 +85,25 @@ class _Generic(RuleCall):
                     f"one sample has shape {tuple(result.shape)}, not {tuple(cotangent.shape)}: "
                     "the first axis must hold the samples"
                 )
-            return pull(cotangent)
+            return result, pull(cotangent)
 
         cotangents = samples_first(grad_output, batch_size, 0, names)
-        with torch.enable_grad():
-            grads = torch.func.vmap(gradients, in_dims=(0, *axes))(cotangents, *rows)
+        try:
+            with torch.enable_grad():
+                again, grads = torch.func.vmap(gradients, in_dims=(0, *axes))(cotangents, *rows)
+        except RuntimeError as error:
+            if isinstance(error, PrivacyError):
+                raise
+            raise PrivacyError(
+                f"per_sample_gradients: {names} is used in {self.function}, which cannot be run "
+                "for one sample alone: the first axis of its tensors must hold the samples"
+            ) from error
+        found = _row_sums(again.detach().flatten(0, 1))
+        if not torch.allclose(found, row_sums, rtol=1e-2, atol=1e-2, equal_nan=True):
+            raise PrivacyError(
+                f"per_sample_gradients: {names} is used in {self.function}, which treats a sample "
+                "differently alone than in the batch"
+            )
         result: list[torch.Tensor | None] = [None] * len(saved)
         for place, grad in zip(varied, grads, strict=True):
             target = self.targets[place]
@@ -99,6 +114,16 @@ class _Generic(RuleCall):
                     grad.sum(0) if axes[place] is None else grad.reshape_as(saved[place])
                 )
         return result
+
+
+def _row_sums(tensor: torch.Tensor) -> torch.Tensor:
+    """What tells whether a row is the same again, scaled to about 1."""
+    if tensor.dim() == 0:
+        return tensor.detach().clone()
+    if tensor.numel() == 0:
+        return tensor.new_zeros(len(tensor), dtype=torch.float32)
+    rows = tensor.detach().flatten(1).float() if tensor.dim() > 1 else tensor.detach()[:, None]
+    return rows.sum(1) / rows.abs().sum(1).max().clamp(min=1e-30)
 
 
 def generic(

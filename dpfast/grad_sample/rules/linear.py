@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,11 @@ class _Linear(RuleCall):
     def forward(self, *inputs: Any) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
         x, weight, bias = inputs
         with without_autocast(x.device):
-            bias = None if bias is None else bias.to(x.dtype)
-            return torch.nn.functional.linear(x, weight.to(x.dtype), bias), (x, weight)
+            rows, matrix = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight.to(x.dtype).t()
+            flat = rows @ matrix if bias is None else torch.addmm(bias.to(x.dtype), rows, matrix)
+            # No view: it may be changed in place.
+            shape = (*x.shape[:-1], weight.shape[0])
+            return torch.ops.aten._unsafe_view(flat, shape), (x, weight)
 
     def backward(
         self, saved: Sequence[Any], grad_output: torch.Tensor, wanted: Sequence[bool]
@@ -64,5 +68,7 @@ def linear(
     call = _Linear(collector, collector.sample_axis, *targets)
     if collector.attention_rows is not None and x.dim() == 2:
         # The output projection's input: (L, samples, E) with the first two axes merged.
-        return call(x.reshape(-1, collector.attention_rows, x.shape[1]), weight, bias).flatten(0, 1)
+        rows = collector.attention_rows
+        length = x.shape[0] // rows if rows else 1
+        return call(x.reshape(length, rows, x.shape[1]), weight, bias).flatten(0, 1)
     return call(x, weight, bias)

@@ -138,6 +138,18 @@ class _LayerNorm(RuleCall):
         target.add(rows.reshape(rows.shape[0], positions, *self.shape).sum(1))
 
 
+def _refuse_sample_axis(
+    collector: Collector, x: torch.Tensor, axes: int, used: Sequence[torch.Tensor | None]
+) -> None:
+    if x.dim() <= axes:
+        targets = map(collector.target_of, used)
+        name = next(target.name for target in targets if target is not None)
+        raise ValueError(
+            f"per_sample_gradients: {name} normalises over the sample axis of an input of shape "
+            f"{tuple(x.shape)}"
+        )
+
+
 def layer_norm(
     collector: Collector,
     input: torch.Tensor,
@@ -149,12 +161,7 @@ def layer_norm(
     """torch.nn.functional.layer_norm."""
     targets = (collector.target_of(weight), collector.target_of(bias))
     shape = tuple(normalized_shape)
-    if input.dim() <= len(shape):
-        name = next(target.name for target in targets if target is not None)
-        raise ValueError(
-            f"per_sample_gradients: {name} normalises over the sample axis of an input of shape "
-            f"{tuple(input.shape)}"
-        )
+    _refuse_sample_axis(collector, input, len(shape), (weight, bias))
     call = _LayerNorm(collector, shape, eps, collector.sample_axis, *targets)
     return call(input, weight, bias)
 
@@ -210,5 +217,6 @@ def rms_norm(
     eps: float | None = None,
 ) -> torch.Tensor:
     """torch.nn.functional.rms_norm."""
+    _refuse_sample_axis(collector, input, len(normalized_shape), (weight,))
     x = torch.nn.functional.rms_norm(input, list(normalized_shape), None, eps)
     return _scaled(collector, x, weight, None, input.dim() - len(normalized_shape))
