@@ -1,8 +1,8 @@
 """Forward passes that torch.utils.checkpoint runs again, inside the backward pass.
 
 No mode is on there and PyTorch offers no place to hook into, so its own objects are changed: the
-function that one checkpointed region runs again is wrapped. Where they look different than expected the
-refused, or its gradients past the interception are found on leaving the context.
+function that one checkpointed region runs again is wrapped. Where they look different than expected
+the region is refused, or its gradients past the interception are found on leaving the context.
 """
 
 from __future__ import annotations

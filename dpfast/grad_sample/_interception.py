@@ -89,9 +89,10 @@ class Interception(TorchFunctionMode):
         collector = self._collector
         if all(collector.target_of(t) is not None or collector.is_shared(t) for t in tensors):
             # No sample takes part: ordinary autograd follows, up to where one does.
-            return pytree.tree_map_only(
-                torch.Tensor, lambda t: self._computed(t, used), func(*args, **kwargs)
-            )
+            # Its graph is walked once more at the end, when checkpointing is over.
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+                result = func(*args, **kwargs)
+            return pytree.tree_map_only(torch.Tensor, lambda t: self._computed(t, used), result)
         if func is F.multi_head_attention_forward:
             return self._attention(*args, **kwargs)
         if func in RULES and collector.target_of(tensors[0]) is None:
