@@ -1,11 +1,16 @@
 #include "cpu/thread_pool.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstring>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -109,6 +114,48 @@ class ThreadPool {
   std::atomic<int> helpers_{0};
 };
 
+// The process' OpenMP, where PyTorch has loaded one. After its parallel regions its threads spin
+// for milliseconds: another pool's threads would have to share the cores with them.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+Parallel find_openmp() {
+#if defined(__linux__)
+  const char* path = nullptr;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, std::size_t, void* found) {
+        if (std::strstr(info->dlpi_name, "libgomp") == nullptr) return 0;
+        *static_cast<const char**>(found) = info->dlpi_name;
+        return 1;
+      },
+      &path);
+  void* library = path == nullptr ? nullptr : dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+  if (library != nullptr) return reinterpret_cast<Parallel>(dlsym(library, "GOMP_parallel"));
+#endif
+  return nullptr;
+}
+
+std::atomic<bool> forked{false};  // OpenMP does not survive a fork
+
+struct Shared {
+  const std::function<void(std::int64_t)>& task;
+  std::int64_t count;
+  std::atomic<std::int64_t> next{0};
+};
+
+bool run_on_openmp(std::int64_t count, int num_threads,
+                   const std::function<void(std::int64_t)>& task) {
+  static const Parallel parallel = find_openmp();
+  if (parallel == nullptr || forked.load()) return false;
+  Shared shared{task, count};
+  parallel(
+      [](void* data) {
+        Shared& mine = *static_cast<Shared*>(data);
+        for (std::int64_t i; (i = mine.next.fetch_add(1)) < mine.count;) mine.task(i);
+      },
+      &shared, static_cast<unsigned>(std::min<std::int64_t>(num_threads, count)), 0);
+  return true;
+}
+
 // Never destroyed: worker threads may outlive static destruction. A forked child has none of the
 // parent's threads, so it starts a new pool and leaves the old one untouched.
 std::atomic<ThreadPool*> pool{nullptr};
@@ -134,6 +181,9 @@ void parallel_for(std::int64_t count, int num_threads,
     for (std::int64_t i = 0; i < count; ++i) task(i);
     return;
   }
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+  (void)registered;
+  if (run_on_openmp(count, num_threads, task)) return;
   current_pool().run(count, num_threads, task);
 }
 
