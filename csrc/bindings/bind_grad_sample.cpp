@@ -4,6 +4,7 @@
 #include <array>
 #include <stdexcept>
 
+#include "bindings/call_arguments.h"
 #include "bindings/module.h"
 #include "cpu/conv_grad_cpu.h"
 #include "cpu/kernels.h"
@@ -12,13 +13,7 @@
 namespace dpfast::bindings {
 namespace {
 
-namespace py = pybind11;
 using Axes = std::array<std::int64_t, kConvAxes>;
-
-template <class T>
-T* pointer(std::uint64_t address) {
-  return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
-}
 
 void copy(const Axes& from, std::int64_t* to, std::int64_t least, const char* name) {
   for (int axis = 0; axis < kConvAxes; ++axis) {

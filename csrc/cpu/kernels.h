@@ -30,7 +30,7 @@ struct ConvTask {
   std::int64_t block[2];                     // depths and heights taken at a time
 };
 
-// Of one thread, in elements; see conv_workspace().
+// Of one thread, in elements.
 struct ConvWorkspace {
   float* anchor;          // [positions of a block][channels]
   float* moving;          // [n][padded extent of a block]

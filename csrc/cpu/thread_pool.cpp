@@ -134,8 +134,6 @@ Parallel find_openmp() {
   return nullptr;
 }
 
-std::atomic<bool> forked{false};  // OpenMP does not survive a fork
-
 struct Shared {
   const std::function<void(std::int64_t)>& task;
   std::int64_t count;
@@ -145,7 +143,7 @@ struct Shared {
 bool run_on_openmp(std::int64_t count, int num_threads,
                    const std::function<void(std::int64_t)>& task) {
   static const Parallel parallel = find_openmp();
-  if (parallel == nullptr || forked.load()) return false;
+  if (parallel == nullptr) return false;
   Shared shared{task, count};
   parallel(
       [](void* data) {
@@ -160,10 +158,17 @@ bool run_on_openmp(std::int64_t count, int num_threads,
 // parent's threads, so it starts a new pool and leaves the old one untouched.
 std::atomic<ThreadPool*> pool{nullptr};
 
+// OpenMP does not survive a fork either.
+std::atomic<bool> forked{false};
+
+// From the moment the library is loaded: PyTorch may have used OpenMP before the fork, and this
+// package only after it.
+[[maybe_unused]] const int watching_forks = pthread_atfork(nullptr, nullptr, [] {
+  forked.store(true);
+  pool.store(nullptr);
+});
+
 ThreadPool& current_pool() {
-  static const int registered =
-      pthread_atfork(nullptr, nullptr, [] { pool.store(new ThreadPool); });
-  (void)registered;
   ThreadPool* existing = pool.load();
   if (existing == nullptr) {
     ThreadPool* fresh = new ThreadPool;
@@ -181,9 +186,7 @@ void parallel_for(std::int64_t count, int num_threads,
     for (std::int64_t i = 0; i < count; ++i) task(i);
     return;
   }
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
-  (void)registered;
-  if (run_on_openmp(count, num_threads, task)) return;
+  if (!forked.load() && run_on_openmp(count, num_threads, task)) return;
   current_pool().run(count, num_threads, task);
 }
 

@@ -194,8 +194,7 @@ def _refuse_batch_statistics(
 ) -> None:
     """Statistics over the batch, that no module announced, e.g. in functional use."""
     if func in (F.batch_norm, torch.batch_norm):
-        places = {F.batch_norm: 5, torch.batch_norm: 5}
-        training = kwargs.get("training", args[places[func]] if len(args) > places[func] else False)
+        training = kwargs.get("training", args[5] if len(args) > 5 else False)
         if training:
             raise PrivacyError(
                 "per_sample_gradients: batch_norm in training mode mixes the samples; "

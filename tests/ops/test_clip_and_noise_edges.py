@@ -1,7 +1,11 @@
 """clip_and_noise at its edges: empty and odd sizes, structures, strides, memory."""
 
 import math
+import os
+import subprocess
+import sys
 from collections import OrderedDict, namedtuple
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
@@ -325,3 +329,30 @@ def test_clip_and_noise_takes_negated_views(device):
     assert negated.is_neg()
     expected = clip_and_noise(negated.clone().resolve_neg(), noise=NoiseSource(1), **PLAIN)
     assert torch.equal(clip_and_noise(negated, noise=NoiseSource(1), **PLAIN), expected)
+
+
+# --- processes ---
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_clip_and_noise_works_first_in_a_child_of_a_process_that_used_threads():
+    # PyTorch's threads do not survive the fork; a call that waited for them would hang, as
+    # PyTorch's own does.
+    code = """
+import os, sys, torch
+torch.set_num_threads(2)
+import dpfast
+grads = torch.ones(16, 2**17)
+child = os.fork()
+if child == 0:
+    out = dpfast.clip_and_noise(
+        grads, max_grad_norm=1e9, noise_multiplier=0.0, mechanism="none"
+    )
+    torch.set_num_threads(1)
+    os._exit(0 if float(out.min()) > 15.99 else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], timeout=60, check=False, cwd=Path(__file__).anchor
+    )
+    assert run.returncode == 0
