@@ -10,7 +10,7 @@ def cuda_driver_version() -> str | None: ...
 
 class TensorTable:
     def __init__(
-        self, tensors: Sequence[tuple[int, int, int, int, int]], num_rows: int
+        self, tensors: Sequence[tuple[int, int, int, int, int, bool]], num_rows: int
     ) -> None: ...
     @property
     def num_rows(self) -> int: ...
@@ -38,6 +38,7 @@ def conv_grad_cpu(
     moving: int,
     out: int,
     anchor_sums: int,
+    square_norms: int,
     samples: int,
     groups: int,
     m: int,
@@ -49,6 +50,21 @@ def conv_grad_cpu(
     padding: Sequence[int],
     dilation: Sequence[int],
     swapped: bool,
+    num_threads: int,
+) -> None: ...
+def ghost_norm_cpu(
+    anchor_gram: int,
+    moving_gram: int,
+    square_norms: int,
+    samples: int,
+    m: int,
+    n: int,
+    anchor_size: Sequence[int],
+    moving_size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     num_threads: int,
 ) -> None: ...
 def prelu_grad_cpu(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 
@@ -21,6 +21,7 @@ __all__ = [
     "MECHANISM_CODES",
     "NORM_CODES",
     "NativeSettings",
+    "Stats",
     "TensorTable",
     "build_info",
     "chacha20_block",
@@ -29,14 +30,17 @@ __all__ = [
     "conv_lanes",
     "cuda_driver_version",
     "fill_noise",
+    "ghost_norm",
     "has_cuda_kernels",
     "plain_tensors",
     "prelu_grad",
     "read_all",
+    "table_of",
 ]
 
 DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 NORM_CODES = {"l2": 0, "l1": 1}
+UNTIL_CODES = {"end": 0, "norms": 1, "weights": 2}
 MECHANISM_CODES = {"none": 0, "gaussian": 1, "laplace": 2}
 CLIPPING_CODES = {
     "none": 0,
@@ -76,6 +80,18 @@ class NativeSettings(TypedDict):
     noise_state: torch.Tensor | None
 
 
+class Stats(NamedTuple):
+    """What a call finds: threshold (G,), norms and weights (G, U), non-finite units (0-d, int64).
+
+    The weights belong to the sums over the units' rows; None unless the call was to end there.
+    """
+
+    threshold: torch.Tensor
+    norms: torch.Tensor
+    nonfinite: torch.Tensor
+    weights: torch.Tensor | None
+
+
 TensorTable = _core.TensorTable
 
 # PyTorch >= 2.10 describes its tensors through DLPack's C interface.
@@ -100,13 +116,28 @@ def plain_tensors(
     return _reader.read(grad_samples, out)
 
 
-def _table(grad_samples: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> _core.TensorTable:
+def table_of(
+    grad_samples: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor | None],
+    summed: Sequence[bool],
+    num_rows: int,
+) -> _core.TensorTable:
+    """The tensors of a call.
+
+    Args:
+      grad_samples: each contiguous (B, *param_shape), or (B, P_k) with contiguous columns.
+      out: each contiguous, with P_k elements; None where the call ends before it writes.
+      summed: whose rows are all the same, the sum over the units, weighted already.
+      num_rows: B.
+    """
     tensors = []
-    for grad, result in zip(grad_samples, out, strict=True):
-        numel = result.numel()
+    for grad, result, is_sum in zip(grad_samples, out, summed, strict=True):
+        numel = grad.numel() // max(1, num_rows) if result is None else result.numel()
         stride = numel if grad.is_contiguous() else grad.stride(0)
-        tensors.append((grad.data_ptr(), result.data_ptr(), stride, numel, DTYPE_CODES[grad.dtype]))
-    return TensorTable(tensors, grad_samples[0].shape[0])
+        tensors.append(
+            (grad.data_ptr(), _address(result), stride, numel, DTYPE_CODES[grad.dtype], is_sum)
+        )
+    return TensorTable(tensors, num_rows)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -114,31 +145,24 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 
 def clip_and_noise(
-    grad_samples: Sequence[torch.Tensor],
-    out: Sequence[torch.Tensor],
-    settings: NativeSettings,
-    table: _core.TensorTable | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tensors: _core.TensorTable, device: torch.device, settings: NativeSettings, until: str = "end"
+) -> Stats:
     """Run the kernels.
 
     Args:
-      grad_samples: each contiguous (B, *param_shape), or (B, P_k) with contiguous columns.
-      out: each contiguous, with P_k elements.
+      tensors: from plain_tensors or table_of; held by the caller until the kernels have run.
+      device: where the tensors are.
       settings: see NativeSettings.
-      table: what plain_tensors made of the same tensors, if it did.
-
-    Returns:
-      threshold (G,) and norms (G, U) in float64, and the number of non-finite units (int64, 0-d).
+      until: "end"; or "norms" or "weights", where the call ends without having written to `out`.
 
     Raises:
       ValueError: memory that is written is also read or written elsewhere in the call.
     """
-    device = grad_samples[0].device
     groups, units = settings["num_groups"], settings["num_units"]
-    tensors = _table(grad_samples, out) if table is None else table
     threshold = torch.empty(groups, dtype=torch.float64, device=device)
     norms = torch.empty(groups, units, dtype=torch.float64, device=device)
     nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+    weights = torch.empty_like(norms) if until == "weights" else None
     on_cpu = device.type == "cpu"
     workspace_bytes = _core.cpu_workspace_bytes if on_cpu else _core.cuda_workspace_bytes
     workspace = torch.empty(
@@ -162,19 +186,21 @@ def clip_and_noise(
         "norms": norms.data_ptr(),
         "nonfinite": nonfinite.data_ptr(),
         "workspace": workspace.data_ptr(),
+        "until": UNTIL_CODES[until],
+        "weights": _address(weights),
     }
     if on_cpu:
         _core.clip_and_noise_cpu(tensors, arguments, torch.get_num_threads())
     else:
         stream = torch.cuda.current_stream(device).cuda_stream
         _core.clip_and_noise_cuda(tensors, arguments, device.index, stream)
-    return threshold, norms, nonfinite
+    return Stats(threshold, norms, nonfinite, weights)
 
 
 def conv_grad(
     anchor: torch.Tensor,
     moving: torch.Tensor,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     *,
     groups: int,
     kernel: Sequence[int],
@@ -183,6 +209,7 @@ def conv_grad(
     dilation: Sequence[int],
     swapped: bool,
     anchor_sums: torch.Tensor | None = None,
+    square_norms: torch.Tensor | None = None,
 ) -> None:
     """Per-sample sums of anchor times moving at every tap (csrc/math/conv_grad.h).
 
@@ -190,7 +217,7 @@ def conv_grad(
       anchor: (N, groups * m, *positions), contiguous float32 on the CPU.
       moving: (N, groups * n, *spatial), likewise.
       out: (N, groups * m, n, *kernel), or where swapped (N, groups * n, m, *kernel) with the taps
-        in reverse; likewise.
+        in reverse; likewise. None: not wanted.
       groups: of the convolution.
       kernel: taps along each spatial axis, of which there are 1 to 3.
       stride: of the convolution, per axis.
@@ -198,14 +225,16 @@ def conv_grad(
       dilation: distance between taps, per axis.
       swapped: which layout `out` has.
       anchor_sums: (N, groups * m), where the anchor's sums over its positions go.
+      square_norms: (N,) float64, where the sums of the squares of what `out` gets go.
     """
     missing = 5 - anchor.dim()
     ones, zeros = [1] * missing, [0] * missing
     _core.conv_grad_cpu(
         anchor.data_ptr(),
         moving.data_ptr(),
-        out.data_ptr(),
+        _address(out),
         _address(anchor_sums),
+        _address(square_norms),
         anchor.shape[0],
         groups,
         anchor.shape[1] // groups,
@@ -219,6 +248,54 @@ def conv_grad(
         swapped,
         torch.get_num_threads(),
     )
+
+
+def ghost_norm(
+    anchor_gram: torch.Tensor,
+    moving_gram: torch.Tensor,
+    *,
+    channels: tuple[int, int],
+    anchor_size: Sequence[int],
+    moving_size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> torch.Tensor:
+    """Squared norms of a convolution's per-sample gradients (csrc/math/conv_grad.h), on the CPU.
+
+    Args:
+      anchor_gram: (N, T, T) float64, contiguous: inner products of the T positions' channels.
+      moving_gram: (N, S, S), likewise.
+      channels: how many the inner products ran over, of the anchor and the moving tensor.
+      anchor_size: the anchor's spatial shape, 1 to 3 axes, T in all.
+      moving_size: the moving tensor's, S in all.
+      kernel: taps along each axis.
+      stride: of the convolution, per axis.
+      padding: zeros before the first value, per axis, >= 0.
+      dilation: distance between taps, per axis.
+
+    Returns:
+      (N,) float64, raised by a bound on the rounding errors: never below the true value.
+    """
+    squares = torch.empty(anchor_gram.shape[0], dtype=torch.float64)
+    missing = 3 - len(anchor_size)
+    ones, zeros = [1] * missing, [0] * missing
+    _core.ghost_norm_cpu(
+        anchor_gram.data_ptr(),
+        moving_gram.data_ptr(),
+        squares.data_ptr(),
+        anchor_gram.shape[0],
+        *channels,
+        [*ones, *anchor_size],
+        [*ones, *moving_size],
+        [*ones, *kernel],
+        [*ones, *stride],
+        [*zeros, *padding],
+        [*ones, *dilation],
+        torch.get_num_threads(),
+    )
+    return squares
 
 
 def prelu_grad(

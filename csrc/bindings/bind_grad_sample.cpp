@@ -24,31 +24,55 @@ void copy(const Axes& from, std::int64_t* to, std::int64_t least, const char* na
   }
 }
 
+template <class Settings>
+void copy_shape(Settings& to, const Axes& anchor_size, const Axes& moving_size, const Axes& kernel,
+                const Axes& stride, const Axes& padding, const Axes& dilation) {
+  copy(anchor_size, to.anchor_size, 0, "anchor_size");
+  copy(moving_size, to.moving_size, 0, "moving_size");
+  copy(kernel, to.kernel, 1, "kernel");
+  copy(stride, to.stride, 1, "stride");
+  copy(padding, to.padding, 0, "padding");
+  copy(dilation, to.dilation, 1, "dilation");
+}
+
 void run(std::uint64_t anchor, std::uint64_t moving, std::uint64_t out, std::uint64_t anchor_sums,
-         std::int64_t samples, std::int64_t groups, std::int64_t m, std::int64_t n,
-         const Axes& anchor_size, const Axes& moving_size, const Axes& kernel, const Axes& stride,
-         const Axes& padding, const Axes& dilation, bool swapped, int num_threads) {
+         std::uint64_t square_norms, std::int64_t samples, std::int64_t groups, std::int64_t m,
+         std::int64_t n, const Axes& anchor_size, const Axes& moving_size, const Axes& kernel,
+         const Axes& stride, const Axes& padding, const Axes& dilation, bool swapped,
+         int num_threads) {
   ConvGrad conv{};
   conv.anchor = pointer<const float>(anchor);
   conv.moving = pointer<const float>(moving);
   conv.out = pointer<float>(out);
   conv.anchor_sums = pointer<float>(anchor_sums);
+  conv.square_norms = pointer<double>(square_norms);
   conv.samples = samples;
   conv.groups = groups;
   conv.m = m;
   conv.n = n;
-  copy(anchor_size, conv.anchor_size, 0, "anchor_size");
-  copy(moving_size, conv.moving_size, 0, "moving_size");
-  copy(kernel, conv.kernel, 1, "kernel");
-  copy(stride, conv.stride, 1, "stride");
-  copy(padding, conv.padding, 0, "padding");
-  copy(dilation, conv.dilation, 1, "dilation");
+  copy_shape(conv, anchor_size, moving_size, kernel, stride, padding, dilation);
   const std::int64_t taps = volume(conv.kernel);
   conv.out_m_stride = swapped ? taps : n * taps;
   conv.out_n_stride = swapped ? m * taps : taps;
   conv.flip_taps = swapped;
   py::gil_scoped_release release;
   cpu::conv_grad(conv, num_threads);
+}
+
+void run_ghost(std::uint64_t anchor_gram, std::uint64_t moving_gram, std::uint64_t square_norms,
+               std::int64_t samples, std::int64_t m, std::int64_t n, const Axes& anchor_size,
+               const Axes& moving_size, const Axes& kernel, const Axes& stride, const Axes& padding,
+               const Axes& dilation, int num_threads) {
+  GhostNorm ghost{};
+  ghost.anchor_gram = pointer<const double>(anchor_gram);
+  ghost.moving_gram = pointer<const double>(moving_gram);
+  ghost.square_norms = pointer<double>(square_norms);
+  ghost.samples = samples;
+  ghost.m = m;
+  ghost.n = n;
+  copy_shape(ghost, anchor_size, moving_size, kernel, stride, padding, dilation);
+  py::gil_scoped_release release;
+  cpu::ghost_norm(ghost, num_threads);
 }
 
 }  // namespace
@@ -68,10 +92,14 @@ void bind_grad_sample(py::module_& module) {
       py::arg("rows"), py::arg("channels"), py::arg("length"), py::arg("num_threads"));
   module.def("conv_lanes", [] { return cpu::kernels().conv_lanes; });
   module.def("conv_grad_cpu", &run, py::arg("anchor"), py::arg("moving"), py::arg("out"),
-             py::arg("anchor_sums"), py::arg("samples"), py::arg("groups"), py::arg("m"),
-             py::arg("n"), py::arg("anchor_size"), py::arg("moving_size"), py::arg("kernel"),
-             py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("swapped"),
-             py::arg("num_threads"));
+             py::arg("anchor_sums"), py::arg("square_norms"), py::arg("samples"), py::arg("groups"),
+             py::arg("m"), py::arg("n"), py::arg("anchor_size"), py::arg("moving_size"),
+             py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+             py::arg("swapped"), py::arg("num_threads"));
+  module.def("ghost_norm_cpu", &run_ghost, py::arg("anchor_gram"), py::arg("moving_gram"),
+             py::arg("square_norms"), py::arg("samples"), py::arg("m"), py::arg("n"),
+             py::arg("anchor_size"), py::arg("moving_size"), py::arg("kernel"), py::arg("stride"),
+             py::arg("padding"), py::arg("dilation"), py::arg("num_threads"));
 }
 
 }  // namespace dpfast::bindings

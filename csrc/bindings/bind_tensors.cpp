@@ -16,20 +16,20 @@ namespace {
 
 namespace py = pybind11;
 
-// (grad, out, row_stride, numel, dtype)
-using TensorTuple = std::tuple<std::uint64_t, std::uint64_t, std::int64_t, std::int64_t, int>;
+// (grad, out, row_stride, numel, dtype, summed)
+using TensorTuple = std::tuple<std::uint64_t, std::uint64_t, std::int64_t, std::int64_t, int, bool>;
 
 TensorTable table_of_tuples(const std::vector<TensorTuple>& tuples, std::int64_t num_rows) {
   TensorTable table;
   table.num_rows = num_rows;
-  for (const auto& [grad, out, row_stride, numel, dtype] : tuples) {
+  for (const auto& [grad, out, row_stride, numel, dtype, summed] : tuples) {
     if (numel < 0 || numel > math::kMaxNoiseElements) {
       throw std::invalid_argument("clip_and_noise: a tensor may have at most 2^36 columns");
     }
     if (dtype < 0 || dtype > 3) throw std::invalid_argument("clip_and_noise: unknown dtype");
     table.tensors.push_back({reinterpret_cast<const void*>(static_cast<std::uintptr_t>(grad)),
                              reinterpret_cast<void*>(static_cast<std::uintptr_t>(out)), row_stride,
-                             numel, static_cast<DType>(dtype), 0});
+                             numel, static_cast<DType>(dtype), 0, summed});
   }
   return table;
 }
@@ -92,7 +92,7 @@ class PlainReader {
       if (!dtype || dtype_of(out.dtype) != wanted || numel > math::kMaxNoiseElements) {
         return std::nullopt;
       }
-      table.tensors.push_back({address(grad), address(out), numel, numel, *dtype, 0});
+      table.tensors.push_back({address(grad), address(out), numel, numel, *dtype, 0, false});
     }
     if (device.type != dlpack::kCPU && device.type != dlpack::kCUDA) return std::nullopt;
     return table;

@@ -52,7 +52,8 @@ inline void refuse_overlap(const CallArguments& arguments) {
     const std::uintptr_t out = reinterpret_cast<std::uintptr_t>(tensor.out);
     const std::int64_t item = item_size(tensor.dtype);
     if (rows > 0) {
-      const std::int64_t reach = (rows - 1) * tensor.row_stride + tensor.numel;
+      const std::int64_t reach =
+          (tensor.summed ? 0 : (rows - 1) * tensor.row_stride) + tensor.numel;
       spans.push_back({grad, grad + static_cast<std::uintptr_t>(reach * item), false});
     }
     const std::int64_t out_item = tensor.dtype == DType::kFloat64 ? 8 : 4;
@@ -107,6 +108,8 @@ inline void read_settings(const TensorTable& table, const py::dict& settings,
   call.norms = pointer<double>(address("norms"));
   call.nonfinite = pointer<std::int64_t>(address("nonfinite"));
   call.workspace = pointer<void>(address("workspace"));
+  call.until = static_cast<Until>(checked_enum(get("until").cast<int>(), 3, "until"));
+  call.weights = pointer<double>(address("weights"));
 
   arguments.tensors = table.tensors;
   for (std::size_t k = 0; call.num_groups > 1 && k < arguments.tensors.size(); ++k) {
@@ -126,7 +129,12 @@ inline void read_settings(const TensorTable& table, const py::dict& settings,
   if (call.percentile < 0.0 && call.bounds == nullptr && call.device_bounds == nullptr) {
     throw std::invalid_argument("clip_and_noise: one bound per group is needed");
   }
-  refuse_overlap(arguments);
+  for (const Tensor& tensor : arguments.tensors) {
+    if (tensor.summed && call.given_norms == nullptr) {
+      throw std::invalid_argument("clip_and_noise: summed gradients need given norms");
+    }
+  }
+  if (call.until == Until::kEnd) refuse_overlap(arguments);
 }
 
 }  // namespace dpfast::bindings

@@ -266,6 +266,12 @@ class RowGatherer {
   // Up to `wanted` rows of units that have one row, with their weights; 0 when none are left.
   std::int64_t singles(std::int64_t wanted, const void** rows, double* weights) {
     std::int64_t gathered = 0;
+    if (tensor_.summed) {
+      if (single_++ > 0) return 0;
+      rows[0] = cell(tensor_, 0, start_);
+      weights[0] = 1.0;
+      return 1;
+    }
     for (; single_ < call_.num_units && gathered < wanted; ++single_) {
       const double weight = weights_[single_];
       if (weight == 0.0 || rows_of_unit(call_, single_) != 1) continue;
@@ -277,7 +283,8 @@ class RowGatherer {
 
   // The rows of the next unit that has several; false when none is left.
   bool several(std::vector<const void*>& rows, double* weight) {
-    for (; call_.unit_start != nullptr && several_ < call_.num_units; ++several_) {
+    if (tensor_.summed || call_.unit_start == nullptr) return false;
+    for (; several_ < call_.num_units; ++several_) {
       const std::int64_t count = rows_of_unit(call_, several_);
       if (weights_[several_] == 0.0 || count < 2) continue;
       rows.clear();
@@ -389,7 +396,8 @@ Status clip_and_noise(const ClipAndNoise& call, int num_threads) {
   const Workspace workspace(call, static_cast<std::int64_t>(chunks.size()));
   std::int64_t bytes = 0, columns = 0;
   for (std::int64_t k = 0; k < call.num_tensors; ++k) {
-    bytes += call.tensors[k].numel * call.num_rows * item_size(call.tensors[k].dtype);
+    const std::int64_t rows = call.tensors[k].summed ? 1 : call.num_rows;
+    bytes += call.tensors[k].numel * rows * item_size(call.tensors[k].dtype);
     columns += call.tensors[k].numel;
   }
   if (call.given_norms == nullptr) {
@@ -397,8 +405,14 @@ Status clip_and_noise(const ClipAndNoise& call, int num_threads) {
   } else {
     std::copy(call.given_norms, call.given_norms + call.num_groups * call.num_units, call.norms);
   }
+  if (call.until == Until::kNorms) return Status::kOk;
   if (!take_thresholds(call)) return Status::kBadBound;
   take_weights(call, workspace);
+  if (call.until == Until::kWeights) {
+    std::copy(workspace.weights, workspace.weights + call.num_groups * call.num_units,
+              call.weights);
+    return Status::kOk;
+  }
   // A column of noise costs about as much as reading 32 bytes.
   take_sums(call, workspace, prepare_release(call, bytes), bytes + 32 * columns, num_threads);
   return Status::kOk;

@@ -63,13 +63,19 @@ void conv_grad(const ConvGrad& conv, int num_threads) {
   const std::int64_t lanes = isa.conv_lanes;
   const std::int64_t widest = std::min(isa.conv_channels, (conv.m + lanes - 1) / lanes * lanes);
   if (tasks == 0 || conv.n == 0 || taps == 0 || volume(conv.anchor_size) == 0) {
-    std::fill(conv.out, conv.out + conv.samples * conv.groups * conv.m * conv.n * taps, 0.0f);
+    if (conv.out != nullptr) {
+      std::fill(conv.out, conv.out + conv.samples * conv.groups * conv.m * conv.n * taps, 0.0f);
+    }
+    if (conv.square_norms != nullptr) {
+      std::fill(conv.square_norms, conv.square_norms + conv.samples, 0.0);
+    }
     if (conv.anchor_sums != nullptr) {
       std::fill(conv.anchor_sums, conv.anchor_sums + conv.samples * conv.groups * conv.m, 0.0f);
     }
     return;
   }
   const BlockSize block(conv, widest);
+  std::vector<double> squares(static_cast<std::size_t>(tasks));
   parallel_for(tasks, num_threads, [&](std::int64_t index) {
     thread_local Buffers buffers;
     const auto fit = [](auto& buffer, std::int64_t size) {
@@ -90,8 +96,22 @@ void conv_grad(const ConvGrad& conv, int num_threads) {
     task.num_channels = std::min(isa.conv_channels, conv.m - task.first_channel);
     task.block[0] = block.size[0];
     task.block[1] = block.size[1];
-    isa.conv_grad(conv, task, workspace);
+    squares[static_cast<std::size_t>(index)] = isa.conv_grad(conv, task, workspace);
   });
+  if (conv.square_norms == nullptr) return;
+  // In one order, whoever was first.
+  const std::int64_t tasks_of_sample = tasks / conv.samples;
+  for (std::int64_t b = 0; b < conv.samples; ++b) {
+    double sum = 0.0;
+    for (std::int64_t i = 0; i < tasks_of_sample; ++i) sum += squares[b * tasks_of_sample + i];
+    conv.square_norms[b] = sum;
+  }
+}
+
+void ghost_norm(const GhostNorm& ghost, int num_threads) {
+  const Kernels& isa = kernels();
+  parallel_for(ghost.samples, num_threads,
+               [&](std::int64_t b) { ghost.square_norms[b] = isa.ghost_norm(ghost, b); });
 }
 
 }  // namespace dpfast::cpu

@@ -6,5 +6,6 @@
 namespace dpfast::cpu {
 
 void conv_grad(const ConvGrad& conv, int num_threads);
+void ghost_norm(const GhostNorm& ghost, int num_threads);
 
 }  // namespace dpfast::cpu

@@ -86,8 +86,11 @@ struct Kernels {
 
   // Anchor channels of a task, at most; they are taken in whole vectors of `conv_lanes`.
   std::int64_t conv_channels, conv_lanes;
-  // Writes the task's part of conv.out; every element of conv.out belongs to one task.
-  void (*conv_grad)(const ConvGrad& conv, const ConvTask& task, const ConvWorkspace& workspace);
+  // Writes the task's part of conv.out; every element of conv.out belongs to one task. Returns the
+  // sum of the part's squares where these are wanted.
+  double (*conv_grad)(const ConvGrad& conv, const ConvTask& task, const ConvWorkspace& workspace);
+  // One sample's squared norm, raised by the bound on its rounding errors.
+  double (*ghost_norm)(const GhostNorm& ghost, std::int64_t sample);
 
   // PReLU's backward pass over one row: grad_x = grad where x > 0, else slope * grad. Returns the
   // sum of x * grad over the other x, float64 between pieces of 4,096.

@@ -63,7 +63,9 @@ class Launcher {
   void run() {
     const Workspace workspace(call_, first_chunk_.back());
     if (call_.given_norms == nullptr) norms(workspace);
+    if (call_.until == Until::kNorms) return;
     weights(workspace);
+    if (call_.until == Until::kWeights) return;
     sums(workspace);
   }
 
@@ -84,7 +86,8 @@ class Launcher {
       if (tensor.dtype != dtype) continue;
       batch.slices[batch.count++] = {
           tensor.grad,     tensor.out,      tensor.row_stride, tensor.numel,
-          first_chunk_[k], batch.num_tiles, tensor.group,      static_cast<std::uint32_t>(k)};
+          first_chunk_[k], batch.num_tiles, tensor.group,      static_cast<std::uint32_t>(k),
+          tensor.summed};
       batch.num_tiles += (tensor.numel + tile_columns - 1) / tile_columns;
       if (batch.count == kTensorsPerLaunch) {
         launch(batch);
@@ -180,7 +183,7 @@ class Launcher {
     task.threshold = call_.threshold;
     task.norms = call_.norms;
     task.nonfinite = call_.nonfinite;
-    task.weights = workspace.weights;
+    task.weights = call_.until == Until::kWeights ? call_.weights : workspace.weights;
     task.scales = workspace.scales;
     task.release = workspace.release;
     launch("weights_kernel", weights_kernel, 1, kWeightThreads, stream_, task);

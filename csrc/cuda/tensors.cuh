@@ -20,6 +20,7 @@ struct TensorSlice {
   std::int64_t first_tile;   // of this tensor, among the tiles of this launch
   std::int32_t group;
   std::uint32_t index;  // of this tensor, in the noise's nonce
+  bool summed;          // one row, of weight 1
 };
 
 // Kernel parameters hold 4 KB, and 32,764 bytes from CUDA 12.1 on: hundreds of small tensors go

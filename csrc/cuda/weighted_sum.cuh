@@ -231,7 +231,11 @@ __global__ void __launch_bounds__(kSumThreads)
 
     double sums[kPacks][kPackColumns] = {};
     const double* unit_weights = task.weights + slice.group * task.num_units;
-    if (kUnits) {
+    if (slice.summed) {
+      if (t == 0) weights[0] = 1.0;
+      __syncthreads();
+      add_ragged_rows(grad, 0, 1, length, aligned, weights, sums);
+    } else if (kUnits) {
       add_units(task, grad, slice.row_stride, length, aligned, unit_weights, sums);
     } else {
       add_rows(task, grad, slice.row_stride, length, aligned, unit_weights, weights, sums);

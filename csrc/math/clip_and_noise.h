@@ -16,6 +16,7 @@ namespace dpfast {
 
 enum class DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 enum class Norm : int { kL2 = 0, kL1 = 1 };
+enum class Until : int { kEnd = 0, kNorms = 1, kWeights = 2 };
 
 inline std::int64_t item_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
@@ -28,7 +29,8 @@ struct Tensor {
   std::int64_t row_stride;  // elements, may be 0 (broadcast rows)
   std::int64_t numel;       // P
   DType dtype;
-  int group;  // index of its norm and threshold
+  int group;    // index of its norm and threshold
+  bool summed;  // grad is [P], already clipped and summed over the units; needs given norms
 };
 
 // Columns are cut into chunks of this many; a chunk lies within one tensor.
@@ -77,6 +79,10 @@ struct ClipAndNoise {
   std::int64_t* nonfinite;  // [1] units dropped
 
   void* workspace;  // of workspace_bytes(...)
+
+  // Where a call ends that does only the first steps; it writes no output.
+  Until until;
+  double* weights;  // [G, U], of the sum of a unit's rows; null unless it ends there
 };
 
 inline std::int64_t count_chunks(std::int64_t numel) { return (numel + kChunk - 1) / kChunk; }

@@ -89,7 +89,7 @@ void make_tensors(Problem& problem) {
         write_element(base + (b * stride + j) * item_size(dtype), dtype, value);
       }
     }
-    problem.tensors.push_back({base, nullptr, stride, numel, dtype, 0});
+    problem.tensors.push_back({base, nullptr, stride, numel, dtype, 0, false});
   }
 }
 
@@ -163,6 +163,7 @@ void make_settings(Problem& problem) {
       if (pick(30) == 0) problem.given.back() = kNaN;
     }
     call.given_norms = problem.given.data();
+    for (Tensor& tensor : problem.tensors) tensor.summed = call.num_rows > 0 && pick(3) == 0;
   }
   call.tensors = problem.tensors.data();
   call.num_tensors = static_cast<std::int64_t>(problem.tensors.size());

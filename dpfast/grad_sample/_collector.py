@@ -3,46 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 
 from dpfast.errors import PrivacyError
+from dpfast.grad_sample._deferred import LayerGradient
+from dpfast.grad_sample._routes import RouteKeeper
+from dpfast.grad_sample._target import Target
 
 __all__ = ["Collector", "Target"]
-
-
-@dataclass(eq=False)
-class Target:
-    """A tensor whose per-sample gradient is wanted: a parameter, or one computed from parameters.
-
-    Attributes:
-      name: the parameter's name; of a computed tensor the names it comes from.
-      tensor: the tensor itself; of a computed one a leaf with the same values, so that no backward
-        pass runs past it. Held, so that its id is not given to another.
-      output: the computed tensor with its graph; None for a parameter.
-      sources: the targets that a computed tensor comes from; empty for a parameter.
-      grad_sample: (B, *shape) so far.
-    """
-
-    name: str
-    tensor: torch.Tensor
-    output: torch.Tensor | None = None
-    sources: tuple[Target, ...] = ()
-    grad_sample: torch.Tensor | None = None
-
-    def add(self, grad_sample: torch.Tensor) -> None:
-        """Add (B, *shape), in the tensor's own dtype."""
-        grad_sample = grad_sample.to(self.tensor.dtype)
-        if grad_sample.shape[1:] != self.tensor.shape:
-            raise RuntimeError(
-                f"per_sample_gradients: {self.name} got per-sample gradients of shape "
-                f"{tuple(grad_sample.shape)}"
-            )
-        # Out of place: a rule may have passed an expanded tensor.
-        self.grad_sample = (
-            grad_sample if self.grad_sample is None else self.grad_sample + grad_sample
-        )
 
 
 class Collector:
@@ -57,6 +26,7 @@ class Collector:
     def __init__(
         self, params: Mapping[str, torch.nn.Parameter], constants: Iterable[torch.Tensor]
     ) -> None:
+        self.routes = RouteKeeper()
         self.params = [Target(name, param) for name, param in params.items()]
         self._targets = {id(target.tensor): target for target in self.params}
         self.computed: list[Target] = []
@@ -118,6 +88,10 @@ class Collector:
         self._targets[id(target.tensor)] = target
         self.computed.append(target)
         return target.tensor
+
+    def take(self, target: Target, gradient: LayerGradient) -> None:
+        """Keep or defer the gradient of one use of a weight."""
+        self.routes.take(target, gradient)
 
     def pull_back(self) -> None:
         """Turn the per-sample gradients of computed tensors into those of their parameters."""

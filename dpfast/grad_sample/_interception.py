@@ -41,14 +41,20 @@ class Interception(TorchFunctionMode):
     Args:
       collector: what the rules fill.
       check_loss: called with the arguments of Tensor.backward; returns the gradient to start with.
+      see_first_layer: called once, with the name of the first parameter that meets samples and with
+        their tensor.
     """
 
     def __init__(
-        self, collector: Collector, check_loss: Callable[[torch.Tensor, Any], torch.Tensor]
+        self,
+        collector: Collector,
+        check_loss: Callable[[torch.Tensor, Any], torch.Tensor],
+        see_first_layer: Callable[[str, torch.Tensor], None],
     ) -> None:
         super().__init__()
         self._collector = collector
         self._check_loss = check_loss
+        self._see_first_layer: Callable[[str, torch.Tensor], None] | None = see_first_layer
         self._again = False  # whether a forward pass is run again
 
     @contextmanager
@@ -93,6 +99,10 @@ class Interception(TorchFunctionMode):
             with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
                 result = func(*args, **kwargs)
             return pytree.tree_map_only(torch.Tensor, lambda t: self._computed(t, used), result)
+        if self._see_first_layer is not None:
+            samples = (t for t in tensors if collector.target_of(t) is None)
+            self._see_first_layer(used[0].name, next(samples))
+            self._see_first_layer = None
         if func is F.multi_head_attention_forward:
             return self._attention(*args, **kwargs)
         if func in RULES and collector.target_of(tensors[0]) is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -11,36 +13,45 @@ from torch import nn
 
 from dpfast.errors import PrivacyError
 from dpfast.grad_sample._collector import Collector
+from dpfast.grad_sample._deferred import LayerGradient
 from dpfast.grad_sample._interception import Interception
+from dpfast.grad_sample._memory import Choice, MemoryTracker, Profile, profiles_of
 from dpfast.grad_sample.batchnorm import refuse_mixing_layers
+from dpfast.grad_sample.planner import Plan
+from dpfast.ops.deferred import DeferredGradient, GradientStore
 
 __all__ = ["PerSampleGradients", "per_sample_gradients"]
 
 _NAME = "per_sample_gradients"
 
 
-class PerSampleGradients(Mapping[str, torch.Tensor]):
+class PerSampleGradients(GradientStore):
     """Per-sample gradients by parameter name: each (B, *param.shape), in the parameter's dtype.
 
     Usable as a context manager once; a mapping from the backward pass on, which `clip_and_noise`
-    takes as it is.
+    takes as it is. A gradient that is not kept is formed whenever it is looked up.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, memory_budget: float | int | None = None) -> None:
+        self._budget = _checked_budget(memory_budget)
+        self._model = model
+        self._profile: Profile | None = None
+        self._key: Hashable = None
         refuse_mixing_layers(model)
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not params:
             raise ValueError(f"{_NAME}: the model must have a parameter that requires grad")
         frozen = [p for p in model.parameters() if not p.requires_grad]
         self._collector = Collector(params, [*model.buffers(), *frozen])
+        self._targets = {target.name: target for target in self._collector.params}
         self._grads_before = {name: _state_of(p.grad) for name, p in params.items()}
         self._mode: Interception | None = None
-        self._result: dict[str, torch.Tensor] | None = None
+        self._result: dict[str, torch.Tensor | LayerGradient] | None = None
 
     def __enter__(self) -> PerSampleGradients:
         if self._mode is not None:
             raise RuntimeError(f"{_NAME}: a context must not be entered twice")
-        self._mode = Interception(self._collector, self._check_loss)
+        self._mode = Interception(self._collector, self._check_loss, self._see_first_layer)
         self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -51,18 +62,79 @@ class PerSampleGradients(Mapping[str, torch.Tensor]):
         trace: TracebackType | None,
     ) -> None:
         assert self._mode is not None
+        tracker = self._collector.routes.tracker
+        if tracker is not None:
+            tracker.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         if kind is None:
             self._finish()
+            self._end_profile()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._finish()[name]
+        part = self._finish()[name]
+        return part.form() if isinstance(part, LayerGradient) else part
 
     def __iter__(self) -> Iterator[str]:
         return iter([target.name for target in self._collector.params])
 
     def __len__(self) -> int:
         return len(self._collector.params)
+
+    def parts(self) -> dict[str, torch.Tensor | DeferredGradient]:
+        """See GradientStore."""
+        return dict(self._finish())
+
+    def square_norms(self, name: str) -> torch.Tensor | None:
+        """See GradientStore."""
+        self._finish()
+        target = self._targets[name]
+        if target.square_norms is None or target.grad_sample is None:
+            return None
+        squares, version = target.square_norms
+        return squares if target.grad_sample._version == version else None
+
+    @property
+    def plan(self) -> Plan:
+        """What became of each layer's gradient, once backward has run."""
+        self._finish()
+        layers = tuple(self._collector.routes.layers)
+        plain = Plan(layers, self._collector.batch_size)
+        choice = self._choice()
+        if choice is None:
+            return plain
+        return replace(
+            plain, budget=choice.budget, ordinary=choice.ordinary, predicted=choice.predicted
+        )
+
+    def _see_first_layer(self, name: str, x: torch.Tensor) -> None:
+        """Before the first layer computes: find its plan, or track the step to make one."""
+        if self._budget is None:
+            return
+        key = name, tuple(x.shape[1:]), x.dtype, x.device, self._model.training
+        self._profile = profiles_of(self._model).get(key)
+        if self._profile is None:
+            self._key = key
+            self._collector.routes.tracker = MemoryTracker()
+            self._collector.routes.tracker.__enter__()  # type: ignore[no-untyped-call]
+
+    def _choice(self) -> Choice | None:
+        if self._profile is None or self._budget is None or self._collector.batch_size == 0:
+            return None
+        return self._profile.choose(self._budget, self._collector.batch_size)
+
+    def _end_profile(self) -> None:
+        """Keep what the tracked step showed; refuse a budget that nothing fits in."""
+        routes, batch_size = self._collector.routes, self._collector.batch_size
+        if routes.tracker is not None and batch_size > 0:
+            self._profile = routes.profile(batch_size)
+            profiles_of(self._model)[self._key] = self._profile
+        choice = self._choice()
+        if choice is not None and choice.predicted > choice.budget:
+            raise ValueError(
+                f"{_NAME}: memory_budget={self._budget} allows {choice.budget / 2**20:.1f} MiB for "
+                f"{batch_size} samples; the step needs {choice.predicted / 2**20:.1f} MiB at the "
+                f"least, an ordinary one {choice.ordinary / 2**20:.1f} MiB"
+            )
 
     def _check_loss(self, loss: torch.Tensor, gradient: Any) -> torch.Tensor:
         """Refuse what is not one loss per sample; return the gradient to start with."""
@@ -72,7 +144,7 @@ class PerSampleGradients(Mapping[str, torch.Tensor]):
                 f"{_NAME}: the loss depends on no sample, only on what the model itself creates"
             )
         if loss.dim() == 1:
-            self._collector.set_batch_size(loss.shape[0])
+            self._begin_backward(loss.shape[0])
             if gradient is None:
                 return torch.ones_like(loss)
             start: torch.Tensor = gradient
@@ -87,8 +159,14 @@ class PerSampleGradients(Mapping[str, torch.Tensor]):
                 f"{tuple(loss.shape)} from {type(node).__name__}; dpfast.per_sample_loss(loss) "
                 "adapts MONAI's losses"
             )
-        self._collector.set_batch_size(int(sizes[0]))
+        self._begin_backward(int(sizes[0]))
         return torch.ones_like(loss) if gradient is None else gradient
+
+    def _begin_backward(self, batch_size: int) -> None:
+        self._collector.set_batch_size(batch_size)
+        choice = self._choice()
+        if choice is not None:
+            self._collector.routes.routes = choice.routes
 
     @staticmethod
     def _unseen(name: str) -> str:
@@ -97,7 +175,7 @@ class PerSampleGradients(Mapping[str, torch.Tensor]):
             "cannot intercept (a custom autograd.Function, reentrant checkpointing?)"
         )
 
-    def _finish(self) -> dict[str, torch.Tensor]:
+    def _finish(self) -> dict[str, torch.Tensor | LayerGradient]:
         if self._result is not None:
             return self._result
         collector = self._collector
@@ -114,28 +192,45 @@ class PerSampleGradients(Mapping[str, torch.Tensor]):
         for target in collector.params:
             if _state_of(target.tensor.grad) != self._grads_before[target.name]:
                 raise PrivacyError(self._unseen(target.name))
-            if target.grad_sample is None:
+            if target.is_empty:
                 raise PrivacyError(
                     f"{_NAME}: {target.name} requires grad but got no per-sample gradient; freeze "
                     "it (requires_grad_(False)) if it takes no part"
                 )
-        self._result = {}
+        result: dict[str, torch.Tensor | LayerGradient] = {}
         for target in collector.params:
-            assert target.grad_sample is not None
-            if target.grad_sample.shape[0] != collector.batch_size:
+            part = target.deferred if target.grad_sample is None else target.grad_sample
+            assert part is not None
+            if part.shape[0] != collector.batch_size:
                 raise PrivacyError(
-                    f"{_NAME}: {target.name} got gradients of {target.grad_sample.shape[0]} "
-                    f"samples, the loss has {collector.batch_size}"
+                    f"{_NAME}: {target.name} got gradients of {part.shape[0]} samples, the loss "
+                    f"has {collector.batch_size}"
                 )
-            self._result[target.name] = target.grad_sample
-        return self._result
+            result[target.name] = part
+        self._result = result
+        return result
+
+
+def _checked_budget(budget: float | int | None) -> float | int | None:
+    if budget is None:
+        return None
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise TypeError(
+            f"{_NAME}: memory_budget must be an int (bytes) or a float (a share of the ordinary "
+            f"step's memory), got {type(budget).__name__}"
+        )
+    if not 0 < budget < math.inf:
+        raise ValueError(f"{_NAME}: memory_budget must be finite and > 0, got {budget}")
+    return budget
 
 
 def _state_of(grad: torch.Tensor | None) -> tuple[int, int] | None:
     return None if grad is None else (id(grad), grad._version)
 
 
-def per_sample_gradients(model: nn.Module) -> PerSampleGradients:
+def per_sample_gradients(
+    model: nn.Module, *, memory_budget: float | int | None = None
+) -> PerSampleGradients:
     """Compute every sample's own gradient in an ordinary forward and backward pass.
 
         with dpfast.per_sample_gradients(model) as grads:
@@ -147,18 +242,28 @@ def per_sample_gradients(model: nn.Module) -> PerSampleGradients:
     parameters, functional use of weights, in-place activations, checkpointing, autocast and
     several forward passes before one backward pass work.
 
+    The gradient of a convolution's or a linear layer's weight is kept, or only its norms are taken
+    and `clip_and_noise` forms the clipped sum alone (book-keeping, ghost norms): whatever costs the
+    layer least work, or what fits in `memory_budget`. `grads.plan.report()` tells. The clipped sums
+    are the same up to rounding.
+
     Args:
       model: samples must not influence one another: layers that take statistics over the batch are
         refused.
+      memory_budget: for the step's own tensors (activations and gradients, at their highest): an
+        int in bytes, or a float as a share of what the ordinary step takes (1.1 for a tenth more).
+        The first step on inputs of a new shape measures and runs slower; until it ends each layer
+        goes the way that holds least. None: no limit.
 
     Returns:
       A context manager that yields a mapping from the names of the parameters that require grad
       to per-sample gradients (B, *param.shape), in the order of `model.named_parameters()`.
 
     Raises:
-      ValueError: nothing in the model requires grad.
+      ValueError: nothing in the model requires grad; or, on leaving the context, nothing fits in
+        memory_budget.
       PrivacyError: a layer mixes the samples (on entry); the loss is not one number per sample, a
         parameter got no per-sample gradient, or one got a gradient past the interception (at the
         backward pass or on leaving the context).
     """
-    return PerSampleGradients(model)
+    return PerSampleGradients(model, memory_budget)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from dpfast import _native
 from dpfast.ops.noise_source import default_state
 
-__all__ = ["clip_and_noise_op", "run"]
+__all__ = [
+    "check_kernels",
+    "clip_and_noise_op",
+    "native_settings",
+    "rank_units",
+    "rows_of",
+    "run",
+]
 
 _SCHEMA = (
     "(Tensor[] grad_samples, Tensor(a!)[] out, Tensor(b!)? noise_state, *, "
     "float[] bounds, Tensor? bound_tensor, float? percentile, str clipping, float stability, "
     "Tensor? custom_weights, str norm, Tensor? norms, Tensor? privacy_unit_ids, "
     "bool average_rows, str mechanism, float noise_multiplier, float[] group_noise_weights, "
-    "bool proportional_noise, int num_groups, float divisor, bool accumulate) "
+    "bool proportional_noise, int num_groups, float divisor, bool accumulate, bool[] summed=[]) "
     "-> (Tensor threshold, Tensor norms, Tensor num_nonfinite)"
 )
 # Seeded as random: two calls with equal inputs draw different noise and must not be merged.
@@ -83,13 +90,13 @@ def _odd(tensors: Sequence[torch.Tensor]) -> bool:
     return any(not t.is_contiguous() or t.is_neg() for t in tensors)
 
 
-def _rows(grad: torch.Tensor, num_rows: int, numel: int) -> torch.Tensor:
+def rows_of(grad: torch.Tensor, num_rows: int, numel: int) -> torch.Tensor:
     """(B, P) with contiguous columns; a copy only where they are not."""
     rows = grad.resolve_neg().reshape(num_rows, numel)
     return rows if numel <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def _rank_units(
+def rank_units(
     ids: torch.Tensor, num_units: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows sorted by unit, the start of each unit among them, the number of units; no sync."""
@@ -101,83 +108,91 @@ def _rank_units(
     return order, torch.searchsorted(rank, slots), is_first.sum()
 
 
-def _run(
-    grad_samples: Sequence[torch.Tensor],
-    out: Sequence[torch.Tensor],
-    noise_state: torch.Tensor | None,
+def native_settings(
+    num_units: int,
+    device: torch.device,
     *,
-    bounds: Sequence[float],
     bound_tensor: torch.Tensor | None,
-    percentile: float | None,
-    clipping: str,
-    stability: float,
-    custom_weights: torch.Tensor | None,
-    norm: str,
     norms: torch.Tensor | None,
+    custom_weights: torch.Tensor | None,
     privacy_unit_ids: torch.Tensor | None,
-    average_rows: bool,
     mechanism: str,
     noise_multiplier: float,
-    group_noise_weights: Sequence[float],
-    proportional_noise: bool,
-    num_groups: int,
-    divisor: float,
-    accumulate: bool,
-    table: _native.TensorTable | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    device = grad_samples[0].device
+    noise_state: torch.Tensor | None = None,
+    **others: Any,
+) -> _native.NativeSettings:
+    """The op's settings as the kernels take them; a noise state where there is noise."""
+    row_order = unit_start = unit_count = None
+    if privacy_unit_ids is not None:
+        row_order, unit_start, unit_count = rank_units(privacy_unit_ids, num_units)
+    noisy = mechanism != "none" and noise_multiplier != 0.0
+    if noisy and noise_state is None:
+        noise_state = default_state(device)
+    settings = {
+        **others,
+        "num_units": num_units,
+        "mechanism": mechanism,
+        "noise_multiplier": noise_multiplier,
+        "single_precision_norms": norms is not None and norms.dtype != torch.float64,
+        "row_order": row_order,
+        "unit_start": unit_start,
+        "unit_count": unit_count,
+        "device_bounds": _contiguous_float64(bound_tensor),
+        "given_norms": _contiguous_float64(norms),
+        "custom_weights": _contiguous_float64(custom_weights),
+        "noise_state": noise_state if noisy else None,
+    }
+    return cast("_native.NativeSettings", settings)
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raises RuntimeError for CUDA tensors in a build without CUDA kernels."""
     if device.type == "cuda" and not _native.has_cuda_kernels():
         raise RuntimeError(
             "clip_and_noise: grad_samples are on CUDA, but this build of dpfast has no CUDA "
             "kernels; reinstall it with nvcc on PATH (DPFAST_CUDA=ON makes their absence an error)"
         )
+
+
+def _run(
+    grad_samples: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    noise_state: torch.Tensor | None,
+    *,
+    summed: Sequence[bool] = (),
+    custom_weights: torch.Tensor | None,
+    norms: torch.Tensor | None,
+    table: _native.TensorTable | None = None,
+    **settings: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    device = grad_samples[0].device
+    check_kernels(device)
     num_rows = grad_samples[0].shape[0]
     rows, results = grad_samples, out
-    if table is None:
+    if table is None and not summed:
         table = _native.plain_tensors(list(grad_samples), list(out))
-    if table is None and (_odd(grad_samples) or _odd(out)):
-        _refuse_overlap(grad_samples, out)
-        rows = [_rows(g, num_rows, o.numel()) for g, o in zip(grad_samples, out, strict=True)]
-        results = [o.resolve_neg().contiguous() for o in out]
-    num_units = _num_units(grad_samples, custom_weights, norms)
-    row_order = unit_start = unit_count = None
-    if privacy_unit_ids is not None:
-        row_order, unit_start, unit_count = _rank_units(privacy_unit_ids, num_units)
-    noisy = mechanism != "none" and noise_multiplier != 0.0
-    if noisy and noise_state is None:
-        noise_state = default_state(device)
-    settings = _native.NativeSettings(
-        num_units=num_units,
-        num_groups=num_groups,
-        clipping=clipping,
-        stability=stability,
-        norm=norm,
-        percentile=percentile,
-        bounds=bounds,
-        mechanism=mechanism,
-        noise_multiplier=noise_multiplier,
-        group_noise_weights=group_noise_weights,
-        proportional_noise=proportional_noise,
-        average_rows=average_rows,
-        single_precision_norms=norms is not None and norms.dtype != torch.float64,
-        divisor=divisor,
-        accumulate=accumulate,
-        row_order=row_order,
-        unit_start=unit_start,
-        unit_count=unit_count,
-        device_bounds=_contiguous_float64(bound_tensor),
-        given_norms=_contiguous_float64(norms),
-        custom_weights=_contiguous_float64(custom_weights),
-        noise_state=noise_state if noisy else None,
+    if table is None:
+        if _odd(grad_samples) or _odd(out):
+            _refuse_overlap(grad_samples, out)
+            rows = [rows_of(g, num_rows, o.numel()) for g, o in zip(grad_samples, out, strict=True)]
+            results = [o.resolve_neg().contiguous() for o in out]
+        table = _native.table_of(rows, results, summed or [False] * len(rows), num_rows)
+    native = native_settings(
+        _num_units(grad_samples, custom_weights, norms),
+        device,
+        custom_weights=custom_weights,
+        norms=norms,
+        noise_state=noise_state,
+        **settings,
     )
-    stats = _native.clip_and_noise(rows, results, settings, table)
+    stats = _native.clip_and_noise(table, device, native)
     if results is not out:
         for target, result in zip(out, results, strict=True):
             if target is not result:
                 target.copy_(result)
     # Autograd must know that what it may have saved has changed.
     torch.autograd.graph.increment_version(out)
-    return stats
+    return stats[:3]
 
 
 torch.library.impl("dpfast::clip_and_noise_", ("cpu", "cuda"))(_run)

@@ -11,6 +11,8 @@ import torch
 from dpfast import _native, _validate
 from dpfast.ops import _arguments as args
 from dpfast.ops import _registration
+from dpfast.ops._settle import settle
+from dpfast.ops.deferred import DeferredGradient, GradientStore
 from dpfast.ops.noise_source import NoiseSource
 
 __all__ = ["ClipStats", "Guarantee", "clip_and_noise"]
@@ -64,6 +66,7 @@ def _guarantee(
     secure: bool,
     given_norms: bool,
     accumulate: bool,
+    deferred: bool,
 ) -> Guarantee:
     broken = []
     if percentile is not None:
@@ -81,6 +84,8 @@ def _guarantee(
         conditions.append("norms must be those of these gradients")
     if accumulate:
         conditions.append("what out held must be noiseless sums under the same bound")
+    if deferred:
+        conditions.append("sums of gradients that were not formed are rounded in float32")
     if mechanism == "laplace" and norm == "l2":
         conditions.append("Laplace after an L2 clip: account as zCDP or GDP, not as pure epsilon")
     conditions.append("real arithmetic: the floating-point noise is not exact")
@@ -101,6 +106,24 @@ def _rebuild(like: Any, keys: list[Any] | None, results: list[torch.Tensor]) -> 
     if isinstance(like, tuple):
         return type(like)(*results) if hasattr(like, "_fields") else tuple(results)
     return results
+
+
+def _deferred_parts(
+    grad_samples: Any,
+) -> dict[str, torch.Tensor | DeferredGradient] | None:
+    """What a store holds, where not all of it is formed."""
+    if not isinstance(grad_samples, GradientStore):
+        return None
+    parts = grad_samples.parts()
+    deferred = any(isinstance(part, DeferredGradient) for part in parts.values())
+    return parts if deferred else None
+
+
+def _stand_ins(parts: Mapping[str, torch.Tensor | DeferredGradient]) -> dict[str, torch.Tensor]:
+    return {
+        name: part.stand_in() if isinstance(part, DeferredGradient) else part
+        for name, part in parts.items()
+    }
 
 
 @overload
@@ -173,6 +196,7 @@ def clip_and_noise(
       grad_samples: per-sample gradients, a tensor or a sequence or mapping of tensors of shape
         (B, *param_shape), on CPU or CUDA; float64, float32, bfloat16 or float16. Tensors whose
         columns are not contiguous are copied first. Gradients do not flow through this call.
+        What `per_sample_gradients` yields is taken as it is, gradients not formed included.
       max_grad_norm: bound C on every unit's norm over all tensors, 1e-30 <= C <= 1e30, in gradient
         units: a number, or a 0-d tensor on the gradients' device (never read on the host). One
         number per tensor (same structure), or a tensor (K,), clips each tensor to its own bound.
@@ -230,7 +254,10 @@ def clip_and_noise(
     References:
       Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; He et al. 2022, arXiv:2212.01539 (groups).
     """
-    tensors, keys = _validate.structure(args.NAME, "grad_samples", grad_samples)
+    parts = _deferred_parts(grad_samples)
+    tensors, keys = _validate.structure(
+        args.NAME, "grad_samples", grad_samples if parts is None else _stand_ins(parts)
+    )
     accumulate = _validate.flag(args.NAME, "accumulate", accumulate)
     given = args.out_in_order(out, keys)
     table = None if given is None else _native.plain_tensors(tensors, given)
@@ -250,28 +277,32 @@ def clip_and_noise(
     units = args.check_units(clipping, norms, bounds, privacy_unit_ids, num_rows, device)
     results = given if given and table else args.check_out(out, tensors, keys, accumulate)
 
+    settings: dict[str, Any] = {
+        "bounds": bounds.values,
+        "bound_tensor": bounds.tensor,
+        "percentile": percentile,
+        "clipping": rule,
+        "stability": stability,
+        "custom_weights": units.weights,
+        "norm": norm,
+        "norms": units.norms,
+        "privacy_unit_ids": privacy_unit_ids,
+        "average_rows": privacy_unit_ids is not None and reduction == "mean",
+        "mechanism": mechanism,
+        "noise_multiplier": multiplier,
+        "group_noise_weights": weights.values,
+        "proportional_noise": weights.proportional,
+        "num_groups": bounds.num_groups,
+        "divisor": divisor,
+        "accumulate": accumulate,
+        "summed": [],
+    }
+    tensors = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
+    if parts is not None:
+        known = [grad_samples.square_norms(name) for name in parts]
+        tensors, settings = settle(list(parts.values()), known, num_rows, device, settings)
     threshold, unit_norms, nonfinite = _registration.run(
-        [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors],
-        results,
-        None if noise is None else noise.state_on(device),
-        table,
-        bounds=bounds.values,
-        bound_tensor=bounds.tensor,
-        percentile=percentile,
-        clipping=rule,
-        stability=stability,
-        custom_weights=units.weights,
-        norm=norm,
-        norms=units.norms,
-        privacy_unit_ids=privacy_unit_ids,
-        average_rows=privacy_unit_ids is not None and reduction == "mean",
-        mechanism=mechanism,
-        noise_multiplier=multiplier,
-        group_noise_weights=weights.values,
-        proportional_noise=weights.proportional,
-        num_groups=bounds.num_groups,
-        divisor=divisor,
-        accumulate=accumulate,
+        tensors, results, None if noise is None else noise.state_on(device), table, **settings
     )
     result = _rebuild(grad_samples, keys, results) if out is None else out
     if not return_stats:
@@ -283,6 +314,14 @@ def clip_and_noise(
         sensitive_norms=unit_norms if grouped else unit_norms[0],
         sensitive_num_nonfinite=nonfinite,
         guarantee=_guarantee(
-            rule, mechanism, norm, multiplier, percentile, secure, norms is not None, accumulate
+            rule,
+            mechanism,
+            norm,
+            multiplier,
+            percentile,
+            secure,
+            given_norms=norms is not None,
+            accumulate=accumulate,
+            deferred=parts is not None,
         ),
     )

@@ -9,7 +9,7 @@ import torch
 
 from dpfast import _native
 
-__all__ = ["ConvSettings", "conv_grad_sample"]
+__all__ = ["ConvGrads", "ConvSettings", "bias_grads", "conv_grad_sample", "conv_square_norms"]
 
 
 class ConvSettings(NamedTuple):
@@ -23,9 +23,23 @@ class ConvSettings(NamedTuple):
     groups: int
 
 
+class ConvGrads(NamedTuple):
+    """Per-sample gradients of a convolution.
+
+    Attributes:
+      weight: (N, *weight_shape), float32 (float64 for float64 input).
+      bias: (N, K), likewise.
+      square_norms: (N,) float64, of `weight`; None where they did not come out of the same pass.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    square_norms: torch.Tensor | None
+
+
 def conv_grad_sample(
     x: torch.Tensor, grad_output: torch.Tensor, weight_shape: Sequence[int], settings: ConvSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> ConvGrads:
     """The gradients of every sample's loss with respect to a convolution's weight and bias.
 
     Args:
@@ -33,18 +47,36 @@ def conv_grad_sample(
       grad_output: gradient of the summed loss (N, K, *spatial), dtype and device of x.
       weight_shape: (K, C / groups, *kernel), or (C, K / groups, *kernel) where transposed.
       settings: the convolution's.
-
-    Returns:
-      (N, *weight_shape) and (N, K), float32 (float64 for float64 input).
     """
     if _is_product(weight_shape, settings):
-        return _by_product(x, grad_output, settings), _bias_grads(grad_output)
-    if x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES and x.dim() <= 5:
-        return _by_own_kernel(x, grad_output, weight_shape, settings)
-    return _by_library(x, grad_output, weight_shape, settings), _bias_grads(grad_output)
+        return ConvGrads(_by_product(x, grad_output, settings), bias_grads(grad_output), None)
+    if _has_own_kernel(x):
+        out = torch.empty((x.shape[0], *weight_shape))
+        bias, squares = _by_own_kernel(x, grad_output, weight_shape, settings, out)
+        return ConvGrads(out, bias_grads(grad_output) if bias is None else bias, squares)
+    weight = _by_library(x, grad_output, weight_shape, settings)
+    return ConvGrads(weight, bias_grads(grad_output), None)
 
 
-def _bias_grads(grad_output: torch.Tensor) -> torch.Tensor:
+def conv_square_norms(
+    x: torch.Tensor, grad_output: torch.Tensor, weight_shape: Sequence[int], settings: ConvSettings
+) -> torch.Tensor:
+    """Squared norms (N,), float64, of what conv_grad_sample would give, one sample at a time."""
+    if not _is_product(weight_shape, settings) and _has_own_kernel(x):
+        return _by_own_kernel(x, grad_output, weight_shape, settings, None)[1]
+    squares = [
+        conv_grad_sample(x[i : i + 1], grad_output[i : i + 1], weight_shape, settings).weight
+        for i in range(x.shape[0])
+    ]
+    return torch.stack([weight.double().square().sum() for weight in squares])
+
+
+def _has_own_kernel(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES and x.dim() <= 5
+
+
+def bias_grads(grad_output: torch.Tensor) -> torch.Tensor:
+    """(N, K): the output's gradient summed over positions, float32 (float64 for float64)."""
     sums = grad_output.flatten(2).sum(2)
     return sums.float() if sums.dtype in _NATIVE_DTYPES else sums
 
@@ -72,11 +104,14 @@ def _by_product(x: torch.Tensor, grad_output: torch.Tensor, settings: ConvSettin
 
 
 def _by_own_kernel(
-    x: torch.Tensor, grad_output: torch.Tensor, weight_shape: Sequence[int], settings: ConvSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """In float32, on the CPU."""
+    x: torch.Tensor,
+    grad_output: torch.Tensor,
+    weight_shape: Sequence[int],
+    settings: ConvSettings,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """In float32, on the CPU: the bias' gradients where they come out as well, and the norms."""
     kernel = weight_shape[2:]
-    out = torch.empty((x.shape[0], *weight_shape))
     anchor, moving = (x, grad_output) if settings.transposed else (grad_output, x)
     padding = settings.padding
     # The anchor's channels fill vectors. With a stride of 1 the two can change places.
@@ -95,6 +130,7 @@ def _by_own_kernel(
     # The kernel passes over the anchor's channels anyway; are they the output's?
     of_output = swapped == settings.transposed
     bias = torch.empty(grad_output.shape[:2]) if of_output else None
+    squares = torch.empty(x.shape[0], dtype=torch.float64)
     _native.conv_grad(
         anchor.contiguous().float(),
         moving.contiguous().float(),
@@ -106,8 +142,9 @@ def _by_own_kernel(
         dilation=settings.dilation,
         swapped=swapped,
         anchor_sums=bias,
+        square_norms=squares,
     )
-    return out, _bias_grads(grad_output) if bias is None else bias
+    return bias, squares
 
 
 def _by_library(

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpfast import reference
-from dpfast.ops.conv_grad_sample import ConvSettings, conv_grad_sample
+from dpfast.ops.conv_grad_sample import ConvSettings, conv_grad_sample, conv_square_norms
 
 
 def check(x, grad_output, weight_shape, conv, *, tolerance):
-    found, bias = conv_grad_sample(x, grad_output, weight_shape, conv)
+    found, bias, squares = conv_grad_sample(x, grad_output, weight_shape, conv)
     truth = reference.conv_weight_grad_sample(
         x,
         grad_output,
@@ -27,6 +27,11 @@ def check(x, grad_output, weight_shape, conv, *, tolerance):
     assert ((found - truth).abs() <= tolerance * scale).all()
     flat = grad_output.double().flatten(2)
     assert bias.dtype == found.dtype
+    if squares is not None:
+        assert squares.dtype == torch.float64
+        assert torch.allclose(squares, found.double().square().flatten(1).sum(1), rtol=1e-12)
+    measured = conv_square_norms(x, grad_output, weight_shape, conv)
+    assert torch.allclose(measured, found.double().square().flatten(1).sum(1), rtol=1e-12)
     assert ((bias - flat.sum(2)).abs() <= tolerance * flat.abs().sum(2)).all()
 
 

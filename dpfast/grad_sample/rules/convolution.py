@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from dpfast.grad_sample._collector import Collector, Target
+from dpfast.grad_sample._deferred import ConvGradient
 from dpfast.grad_sample._function import RuleCall, low_precision, without_autocast
 from dpfast.grad_sample._samples import fold
-from dpfast.ops.conv_grad_sample import ConvSettings, conv_grad_sample
+from dpfast.ops.conv_grad_sample import ConvSettings, bias_grads, conv_grad_sample
 
 __all__ = ["convolution", "transposed_convolution"]
 
@@ -40,12 +41,18 @@ class _Convolution(RuleCall):
                 grad_output, x, weight.to(x.dtype), None, *self.settings, [True, False, False]
             )[0]
         batch_size = self.collector.batch_size
-        if self.weight is None:
-            biases = grad_output.flatten(2).sum(2)
-        else:
-            weights, biases = conv_grad_sample(x, grad_output, weight.shape, self.settings)
-            self.weight.add(fold(weights, batch_size, self.weight.name))
+        biases = None
+        if self.weight is not None and x.shape[0] == batch_size:
+            tensor = self.weight.tensor
+            gradient = ConvGradient(self.weight.name, tensor, x, grad_output, self.settings)
+            self.collector.take(self.weight, gradient)
+            biases = gradient.bias
+        elif self.weight is not None:
+            grads = conv_grad_sample(x, grad_output, weight.shape, self.settings)
+            self.weight.add(fold(grads.weight, batch_size, self.weight.name))
+            biases = grads.bias
         if self.bias is not None:
+            biases = bias_grads(grad_output) if biases is None else biases
             self.bias.add(fold(biases, batch_size, self.bias.name))
         return grad_x, None, None
 

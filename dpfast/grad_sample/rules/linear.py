@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dpfast.grad_sample._collector import Collector, Target
+from dpfast.grad_sample._deferred import LinearGradient
 from dpfast.grad_sample._function import RuleCall, low_precision, without_autocast
 from dpfast.grad_sample._samples import samples_first
 
@@ -42,8 +43,9 @@ class _Linear(RuleCall):
         # (B, all positions of a sample, features)
         outer = samples_first(grad_output, batch_size, self.sample_axis, name).flatten(1, -2)
         if self.weight is not None:
-            inner = samples_first(x, batch_size, self.sample_axis, name).flatten(1, -2)
-            self.weight.add(outer.transpose(1, 2) @ inner)
+            ends = (x, grad_output, self.sample_axis)
+            gradient = LinearGradient(name, self.weight.tensor, batch_size, *ends)
+            self.collector.take(self.weight, gradient)
         if self.bias is not None:
             self.bias.add(outer.sum(1))
         return grad_x, None, None

@@ -1,0 +1,86 @@
+"""Sends the layers' gradients down their routes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from dpfast.grad_sample._deferred import LayerGradient
+from dpfast.grad_sample._memory import MemoryTracker, Profile
+from dpfast.grad_sample._target import Target
+from dpfast.grad_sample.planner import Cost, Layer, Route, Timeline, fastest, leanest, weigh
+
+__all__ = ["RouteKeeper"]
+
+
+class RouteKeeper:
+    """Sends each layer's gradient down its route, and notes what became of it.
+
+    Attributes:
+      layers: so far, in the order of the backward pass.
+      routes: by parameter, where a plan has been made.
+      tracker: on during the first step under a memory budget.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+        self.routes: Mapping[str, Route] | None = None
+        self.tracker: MemoryTracker | None = None
+        self._peaks: list[int] = []
+        self._held = 0  # by the routes so far
+        self._seen: set[int] = set()  # addresses of what is held
+        self._ordinary = 0  # the weights' gradients that the ordinary step would have by now
+        self._ordinary_peak = 0
+
+    def take(self, target: Target, gradient: LayerGradient) -> None:
+        """See Collector.take."""
+        self._mark()
+        start = time.perf_counter()
+        first = target.is_empty
+        # A second use adds to the first, and what is computed from parameters is pulled back: both
+        # need the gradient itself. So does an empty batch, which has nothing to hold.
+        deferrable = first and target.output is None and gradient.shape[0] > 0
+        deferrable = deferrable and target.tensor.dtype in (torch.float32, torch.float64)
+        costs = weigh(gradient) if deferrable else {}
+        route = self._route(target.name, costs)
+        held = gradient.held_storages
+        if route is Route.KEEP:
+            formed, squares = gradient.form_measured()
+            target.add(formed, squares)
+            stays = formed.numel() * formed.element_size()
+            self._held += stays
+        else:
+            gradient.measure(ghost=route is Route.GHOST)
+            target.deferred = gradient
+            stays = sum(held.values())
+            self._held += sum(size for key, size in held.items() if key not in self._seen)
+            self._seen.update(held)
+        if first:
+            self._ordinary += target.tensor.numel() * target.tensor.element_size()
+        layer = Layer(target.name, costs, held, route, stays)
+        if gradient.device.type == "cpu":
+            layer.add_seconds(time.perf_counter() - start)
+            gradient.note_seconds = layer.add_seconds
+        self.layers.append(layer)
+
+    def _route(self, name: str, costs: dict[Route, Cost]) -> Route:
+        if not costs:
+            return Route.KEEP
+        if self.tracker is not None:
+            return leanest(costs)
+        planned = None if self.routes is None else self.routes.get(name)
+        return planned if planned in costs else fastest(costs)
+
+    def _mark(self) -> None:
+        if self.tracker is None:
+            return
+        peak = self.tracker.highest() - self._held
+        self._peaks.append(peak)
+        self._ordinary_peak = max(self._ordinary_peak, peak + self._ordinary)
+
+    def profile(self, batch_size: int) -> Profile:
+        """What the tracked step showed, once its backward pass has ended."""
+        self._mark()
+        return Profile(tuple(self.layers), Timeline(batch_size, self._peaks, self._ordinary_peak))
