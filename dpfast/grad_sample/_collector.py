@@ -89,6 +89,13 @@ class Collector:
         self.computed.append(target)
         return target.tensor
 
+    def release(self) -> None:
+        """Let go of all gradients; whoever wants them holds them."""
+        for target in (*self.params, *self.computed):
+            target.grad_sample = target.deferred = target.square_norms = None
+        self.computed.clear()
+        self.routes.tracker = None
+
     def take(self, target: Target, gradient: LayerGradient) -> None:
         """Keep or defer the gradient of one use of a weight."""
         self.routes.take(target, gradient)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +23,13 @@ from dpfast.ops.deferred import DeferredGradient, GradientStore
 __all__ = ["PerSampleGradients", "per_sample_gradients"]
 
 _NAME = "per_sample_gradients"
+
+
+class Gradient(NamedTuple):
+    """One parameter's, with the squared norms of what is kept and the version they belong to."""
+
+    part: torch.Tensor | LayerGradient
+    square_norms: tuple[torch.Tensor, int] | None
 
 
 class PerSampleGradients(GradientStore):
@@ -43,14 +50,15 @@ class PerSampleGradients(GradientStore):
             raise ValueError(f"{_NAME}: the model must have a parameter that requires grad")
         frozen = [p for p in model.parameters() if not p.requires_grad]
         self._collector = Collector(params, [*model.buffers(), *frozen])
-        self._targets = {target.name: target for target in self._collector.params}
         self._grads_before = {name: _state_of(p.grad) for name, p in params.items()}
         self._mode: Interception | None = None
-        self._result: dict[str, torch.Tensor | LayerGradient] | None = None
+        self._entered = False
+        self._result: dict[str, Gradient] | None = None
 
     def __enter__(self) -> PerSampleGradients:
-        if self._mode is not None:
+        if self._entered:
             raise RuntimeError(f"{_NAME}: a context must not be entered twice")
+        self._entered = True
         self._mode = Interception(self._collector, self._check_loss, self._see_first_layer)
         self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -66,12 +74,17 @@ class PerSampleGradients(GradientStore):
         if tracker is not None:
             tracker.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        if kind is None:
-            self._finish()
-            self._end_profile()
+        try:
+            if kind is None:
+                self._finish()
+                self._end_profile()
+        finally:
+            # The loss' graph outlives the step in many a loop, and knows the collector.
+            self._collector.release()
+            self._mode = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        part = self._finish()[name]
+        part = self._finish()[name].part
         return part.form() if isinstance(part, LayerGradient) else part
 
     def __iter__(self) -> Iterator[str]:
@@ -82,16 +95,15 @@ class PerSampleGradients(GradientStore):
 
     def parts(self) -> dict[str, torch.Tensor | DeferredGradient]:
         """See GradientStore."""
-        return dict(self._finish())
+        return {name: gradient.part for name, gradient in self._finish().items()}
 
     def square_norms(self, name: str) -> torch.Tensor | None:
         """See GradientStore."""
-        self._finish()
-        target = self._targets[name]
-        if target.square_norms is None or target.grad_sample is None:
+        part, known = self._finish()[name]
+        if known is None or isinstance(part, LayerGradient):
             return None
-        squares, version = target.square_norms
-        return squares if target.grad_sample._version == version else None
+        squares, version = known
+        return squares if part._version == version else None
 
     @property
     def plan(self) -> Plan:
@@ -175,7 +187,7 @@ class PerSampleGradients(GradientStore):
             "cannot intercept (a custom autograd.Function, reentrant checkpointing?)"
         )
 
-    def _finish(self) -> dict[str, torch.Tensor | LayerGradient]:
+    def _finish(self) -> dict[str, Gradient]:
         if self._result is not None:
             return self._result
         collector = self._collector
@@ -184,6 +196,8 @@ class PerSampleGradients(GradientStore):
                 f"{_NAME}: there are no gradients before backward was called on the per-sample "
                 "loss inside the context"
             )
+        if self._entered and self._mode is None:
+            raise RuntimeError(f"{_NAME}: there are no gradients, an error ended the context")
         with torch._C.DisableTorchFunction():
             collector.pull_back()
         for computed in collector.computed:
@@ -197,7 +211,7 @@ class PerSampleGradients(GradientStore):
                     f"{_NAME}: {target.name} requires grad but got no per-sample gradient; freeze "
                     "it (requires_grad_(False)) if it takes no part"
                 )
-        result: dict[str, torch.Tensor | LayerGradient] = {}
+        result: dict[str, Gradient] = {}
         for target in collector.params:
             part = target.deferred if target.grad_sample is None else target.grad_sample
             assert part is not None
@@ -206,7 +220,7 @@ class PerSampleGradients(GradientStore):
                     f"{_NAME}: {target.name} got gradients of {part.shape[0]} samples, the loss "
                     f"has {collector.batch_size}"
                 )
-            result[target.name] = part
+            result[target.name] = Gradient(part, target.square_norms)
         self._result = result
         return result
 

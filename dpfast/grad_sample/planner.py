@@ -74,11 +74,12 @@ class Layer:
         self.seconds = seconds + (self.seconds or 0.0)
 
 
-# What moving a value costs, in the operations that run meanwhile: per element of a gradient that is
-# kept (written, and read twice), and per element of an output's gradient that is weighted.
-_KEPT, _WEIGHTED = 50.0, 20.0
-_DOUBLE = 2.0  # float64 takes twice as long,
-_PAIR = 8.0  # and pairs of positions are added one at a time
+# What moving a value costs, in the operations that a core does meanwhile (about 100 a ns): per
+# element of a gradient that is kept (written to fresh memory, read by clip_and_noise), and per
+# element of an output's gradient that is weighted. Measured: docs/design/per_sample_gradients.md.
+_KEPT, _WEIGHTED = 130.0, 100.0
+_DOUBLE = 3.0  # one operation of a float64 product
+_PAIR = 16.0  # one pair of positions under one tap
 
 
 def weigh(gradient: LayerGradient) -> dict[Route, Cost]:

@@ -37,9 +37,14 @@ def settle(
       hold B times the same row; and the settings, norms included.
     """
     check_kernels(device)
+    deferred = [isinstance(part, DeferredGradient) for part in parts]
+    if not any(deferred) and not _worth_reading_once(parts, square_norms, settings):
+        return list(parts), settings  # type: ignore[arg-type]
     if settings["norms"] is None:
         norms = _norms(parts, square_norms, num_rows, device, settings)
         settings = {**settings, "norms": norms}
+    if not any(deferred):
+        return list(parts), settings  # type: ignore[arg-type]
     weights = _row_weights(num_rows, device, settings)
     tensors = []
     for index, part in enumerate(parts):
@@ -49,8 +54,22 @@ def settle(
             tensors.append(total.expand(num_rows, *total.shape))
         else:
             tensors.append(part)
-    summed = [isinstance(part, DeferredGradient) for part in parts]
-    return tensors, {**settings, "summed": summed}
+    return tensors, {**settings, "summed": deferred}
+
+
+def _worth_reading_once(
+    parts: Sequence[Part], square_norms: Sequence[torch.Tensor | None], settings: dict[str, Any]
+) -> bool:
+    """Whether most of what would be read for the norms has known ones."""
+    if settings["norms"] is not None or not _by_sample(settings) or settings["num_groups"] > 1:
+        return False
+    known = sum(p.shape.numel() for p, s in zip(parts, square_norms, strict=True) if s is not None)
+    return 2 * known > sum(part.shape.numel() for part in parts)
+
+
+def _by_sample(settings: dict[str, Any]) -> bool:
+    """Whether norms of samples are of use."""
+    return settings["norm"] == "l2" and settings["privacy_unit_ids"] is None
 
 
 def _stage(
@@ -78,36 +97,38 @@ def _norms(
     settings: dict[str, Any],
 ) -> torch.Tensor:
     """(K, units) over all parts, or over each where the bounds are one per tensor."""
-    euclidean = settings["norm"] == "l2"
-    by_row = settings["privacy_unit_ids"] is None
+    euclidean, by_sample = settings["norm"] == "l2", _by_sample(settings)
     custom = settings["custom_weights"]
     units = num_rows if custom is None else custom.shape[0]
     groups = settings["num_groups"]
     totals = torch.zeros(groups, units, dtype=torch.float64, device=device)
 
-    def add(first: int, tensors: list[torch.Tensor], num_groups: int) -> None:
+    def add(group: int, tensors: list[torch.Tensor]) -> None:
         # The thresholds play no part in the norms.
-        plain = {**settings, "num_groups": num_groups, "bounds": [1.0] * num_groups}
-        plain |= {"bound_tensor": None, "group_noise_weights": []}
-        found = _stage(tensors, num_rows, units, device, plain, "norms").norms
-        totals[first : first + num_groups] += found.square() if euclidean else found
+        plain = {**settings, "num_groups": 1, "bounds": [1.0], "bound_tensor": None}
+        found = _stage(tensors, num_rows, units, device, plain, "norms").norms[0]
+        totals[group] += found.square() if euclidean else found
 
-    unknown = []
+    unknown, known = [], []
     for index, (part, squares) in enumerate(zip(parts, square_norms, strict=True)):
         group = index if groups > 1 else 0
-        if squares is not None and euclidean and by_row:
-            totals[group] += squares
-        elif isinstance(part, DeferredGradient):
-            if euclidean and by_row:
-                totals[group] += part.square_norms()
+        if by_sample and squares is None and isinstance(part, DeferredGradient):
+            squares = part.square_norms()
+        if by_sample and squares is not None:
+            if groups > 1:
+                totals[group] = squares
             else:
-                add(group, [part.form()], 1)
+                known.append(squares)
+        elif isinstance(part, DeferredGradient):
+            add(group, [part.form()])
         elif groups > 1:
-            add(group, [part], 1)
+            add(group, [part])
         else:
             unknown.append(part)
+    if known:
+        totals[0] += torch.stack(known).sum(0)
     if unknown:
-        add(0, unknown, 1)
+        add(0, unknown)
     return totals.sqrt() if euclidean else totals
 
 

@@ -108,15 +108,11 @@ def _rebuild(like: Any, keys: list[Any] | None, results: list[torch.Tensor]) -> 
     return results
 
 
-def _deferred_parts(
+def _parts(
     grad_samples: Any,
 ) -> dict[str, torch.Tensor | DeferredGradient] | None:
-    """What a store holds, where not all of it is formed."""
-    if not isinstance(grad_samples, GradientStore):
-        return None
-    parts = grad_samples.parts()
-    deferred = any(isinstance(part, DeferredGradient) for part in parts.values())
-    return parts if deferred else None
+    """What a store holds."""
+    return grad_samples.parts() if isinstance(grad_samples, GradientStore) else None
 
 
 def _stand_ins(parts: Mapping[str, torch.Tensor | DeferredGradient]) -> dict[str, torch.Tensor]:
@@ -254,7 +250,7 @@ def clip_and_noise(
     References:
       Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; He et al. 2022, arXiv:2212.01539 (groups).
     """
-    parts = _deferred_parts(grad_samples)
+    parts = _parts(grad_samples)
     tensors, keys = _validate.structure(
         args.NAME, "grad_samples", grad_samples if parts is None else _stand_ins(parts)
     )
@@ -322,6 +318,6 @@ def clip_and_noise(
             secure,
             given_norms=norms is not None,
             accumulate=accumulate,
-            deferred=parts is not None,
+            deferred=any(settings["summed"]),
         ),
     )
