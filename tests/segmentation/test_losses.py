@@ -174,3 +174,44 @@ def test_wrapping_leaves_the_loss_as_it_was():
     per_sample_loss(loss)(logits(), labels())
     assert loss.dice.reduction == "mean"
     assert loss(logits(), labels()) == before
+
+
+def test_a_batchs_loss_weighted_by_sample_breaks_the_bound_where_ours_keeps_it():
+    # Ghost clipping by the sum of coefficient times criterion, whose reduction is set to "none"
+    # from outside: MONAI's losses do not hear of it, and one number for the batch is broadcast.
+    torch.manual_seed(0)
+    model = nn.Conv2d(1, 1, 1)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    images, target = torch.randn(B, 1, SIZE, SIZE), masks()
+    other_images, other_target = images.clone(), target.clone()
+    # In the one a record far off, of a large gradient, in the other an ordinary one.
+    images[0] = 200.0 * torch.rand(1, SIZE, SIZE)
+    target[0] = 0.0
+
+    def gradient(value):
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))]
+        )
+
+    def weighted_by_sample(images, target):
+        criterion = losses.DiceCELoss(sigmoid=True)
+        norms = [
+            gradient(criterion(model(images[b : b + 1]), target[b : b + 1])).norm()
+            for b in range(B)
+        ]
+        criterion.reduction = "none"
+        weights = (1.0 / torch.stack(norms)).clamp(max=1.0)
+        return gradient((weights[:, None] * criterion(model(images), target)).sum())
+
+    def ours(images, target):
+        with dpfast.per_sample_gradients(model) as grads:
+            per_sample_loss(losses.DiceCELoss(sigmoid=True))(model(images), target).sum().backward()
+        sums = dpfast.clip_and_noise(
+            grads, max_grad_norm=1.0, noise_multiplier=0.0, mechanism="none"
+        )
+        return torch.cat([part.flatten() for part in sums.values()])
+
+    broken = weighted_by_sample(images, target) - weighted_by_sample(other_images, other_target)
+    assert broken.norm() > 90.0
+    assert (ours(images, target) - ours(other_images, other_target)).norm() <= 2.0
