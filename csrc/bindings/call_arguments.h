@@ -51,9 +51,8 @@ inline void refuse_overlap(const CallArguments& arguments) {
     const std::uintptr_t grad = reinterpret_cast<std::uintptr_t>(tensor.grad);
     const std::uintptr_t out = reinterpret_cast<std::uintptr_t>(tensor.out);
     const std::int64_t item = item_size(tensor.dtype);
-    if (rows > 0) {
-      const std::int64_t reach =
-          (tensor.summed ? 0 : (rows - 1) * tensor.row_stride) + tensor.numel;
+    if (rows > 0 && !tensor.summed) {
+      const std::int64_t reach = (rows - 1) * tensor.row_stride + tensor.numel;
       spans.push_back({grad, grad + static_cast<std::uintptr_t>(reach * item), false});
     }
     const std::int64_t out_item = tensor.dtype == DType::kFloat64 ? 8 : 4;
@@ -130,8 +129,9 @@ inline void read_settings(const TensorTable& table, const py::dict& settings,
     throw std::invalid_argument("clip_and_noise: one bound per group is needed");
   }
   for (const Tensor& tensor : arguments.tensors) {
-    if (tensor.summed && call.given_norms == nullptr) {
-      throw std::invalid_argument("clip_and_noise: summed gradients need given norms");
+    if (tensor.summed && (call.given_norms == nullptr || tensor.grad != tensor.out)) {
+      throw std::invalid_argument(
+          "clip_and_noise: summed gradients need given norms and stand in their output");
     }
   }
   if (call.until == Until::kEnd) refuse_overlap(arguments);

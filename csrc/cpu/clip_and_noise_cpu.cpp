@@ -340,7 +340,8 @@ void sum_task(const ClipAndNoise& call, const double* all_weights, const Release
                                wanted, noise);
     }
     (isa.*Precision::kStart)(noisy ? noise : nullptr, noisy ? release.scales[tensor.group] : 0.0,
-                             call.accumulate ? out + first : nullptr, count, sums + first);
+                             call.accumulate && !tensor.summed ? out + first : nullptr, count,
+                             sums + first);
     isa.weighted_sum(rows, weights, first_rows, brief ? gathered : 0, first, count, tensor.dtype,
                      sums + first);
   }

@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kSumThreads)
         const int c = column + v;
         if (c >= length) continue;
         double value = sums[p][v];
-        if (task.accumulate) value += static_cast<double>(out[c]);
+        if (task.accumulate && !slice.summed) value += static_cast<double>(out[c]);
         if (task.mechanism != math::Mechanism::kNone) {
           value += scale * static_cast<double>(
                                noise[c / math::kNoiseGroup * kPaddedGroup + c % math::kNoiseGroup]);

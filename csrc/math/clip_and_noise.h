@@ -30,7 +30,9 @@ struct Tensor {
   std::int64_t numel;       // P
   DType dtype;
   int group;    // index of its norm and threshold
-  bool summed;  // grad is [P], already clipped and summed over the units; needs given norms
+  // `out` already holds the clipped sum, what is to be accumulated included, and grad is out: only
+  // noise and division are left. Needs given norms.
+  bool summed;
 };
 
 // Columns are cut into chunks of this many; a chunk lies within one tensor.

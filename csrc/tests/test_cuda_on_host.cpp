@@ -163,7 +163,9 @@ void make_settings(Problem& problem) {
       if (pick(30) == 0) problem.given.back() = kNaN;
     }
     call.given_norms = problem.given.data();
-    for (Tensor& tensor : problem.tensors) tensor.summed = call.num_rows > 0 && pick(3) == 0;
+    for (Tensor& tensor : problem.tensors) {
+      tensor.summed = call.num_rows > 0 && tensor.dtype <= DType::kFloat32 && pick(3) == 0;
+    }
   }
   call.tensors = problem.tensors.data();
   call.num_tensors = static_cast<std::int64_t>(problem.tensors.size());
@@ -184,6 +186,7 @@ Result solve(Problem problem, std::int64_t bytes, const Run& run) {
       }
     }
     tensor.out = result.out[k].data();
+    if (tensor.summed) tensor.grad = tensor.out;
   }
   call.tensors = problem.tensors.data();
   result.threshold.assign(call.num_groups, -1.0);
@@ -240,6 +243,33 @@ void compare(const Problem& problem, const Result& cpu, const Result& gpu, cpu::
                call.given_norms != nullptr, static_cast<int>(status));
 }
 
+// A call that ends at the weights: nothing is written, no noise is drawn.
+void same_weights(Problem problem, std::int64_t chunks) {
+  ClipAndNoise& call = problem.call;
+  call.until = Until::kWeights;
+  call.mechanism = math::Mechanism::kNone;
+  call.noise_multiplier = 0.0;
+  std::vector<double> weights[2];
+  for (std::vector<double>& found : weights) {
+    found.assign(call.num_groups * call.num_units + 1, -1.0);
+    call.weights = found.data();
+    const Result result = solve(problem,
+                                cpu::workspace_bytes(chunks, call.num_units, call.num_groups) +
+                                    cuda::workspace_bytes(chunks, call.num_units, call.num_groups),
+                                [&](const ClipAndNoise& ready) {
+                                  if (&found == weights) {
+                                    cpu::clip_and_noise(ready, 2);
+                                  } else {
+                                    cuda::clip_and_noise(ready, 0, nullptr);
+                                  }
+                                });
+    DPFAST_CHECK(result.state[kNoiseStateStep] == 5);
+  }
+  for (std::size_t i = 0; i < weights[0].size(); ++i) {
+    DPFAST_CHECK(close(weights[0][i], weights[1][i], 1e-13));
+  }
+}
+
 void cuda_equals_cpu(int trial) {
   Problem problem;
   make_tensors(problem);
@@ -257,6 +287,7 @@ void cuda_equals_cpu(int trial) {
       solve(problem, cuda::workspace_bytes(chunks, call.num_units, call.num_groups),
             [&](const ClipAndNoise& ready) { cuda::clip_and_noise(ready, 0, nullptr); });
   compare(problem, on_cpu, on_gpu, status, trial);
+  if (status == cpu::Status::kOk) same_weights(problem, chunks);
 }
 
 }  // namespace

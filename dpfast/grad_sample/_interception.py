@@ -141,12 +141,13 @@ class Interception(TorchFunctionMode):
     def _attention(self, *args: Any, **kwargs: Any) -> Any:
         if self._collector.attention_rows is not None:
             raise NotImplementedError("per_sample_gradients: attention inside attention")
-        if args[0].dim() != 3:
+        query = args[0] if args else kwargs["query"]
+        if query.dim() != 3:
             raise ValueError(
                 "per_sample_gradients: multi-head attention needs inputs with a sample axis, got "
-                f"shape {tuple(args[0].shape)}"
+                f"shape {tuple(query.shape)}"
             )
-        self._collector.attention_rows = args[0].shape[1]
+        self._collector.attention_rows = query.shape[1]
         try:
             with self:
                 return _attention(*args, **kwargs)

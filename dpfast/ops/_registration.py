@@ -168,15 +168,22 @@ def _run(
     device = grad_samples[0].device
     check_kernels(device)
     num_rows = grad_samples[0].shape[0]
-    rows, results = grad_samples, out
+    results = out
     if table is None and not summed:
         table = _native.plain_tensors(list(grad_samples), list(out))
     if table is None:
+        summed = summed or [False] * len(out)
+        rows = grad_samples
         if _odd(grad_samples) or _odd(out):
-            _refuse_overlap(grad_samples, out)
-            rows = [rows_of(g, num_rows, o.numel()) for g, o in zip(grad_samples, out, strict=True)]
+            pairs = list(zip(grad_samples, summed, strict=True))
+            _refuse_overlap([grad for grad, is_sum in pairs if not is_sum], out)
             results = [o.resolve_neg().contiguous() for o in out]
-        table = _native.table_of(rows, results, summed or [False] * len(rows), num_rows)
+            rows = [
+                # A sum stands in its output, wherever that is finished.
+                rows_of(o.expand_as(grad) if is_sum else grad, num_rows, o.numel())
+                for (grad, is_sum), o in zip(pairs, results, strict=True)
+            ]
+        table = _native.table_of(rows, results, summed, num_rows)
     native = native_settings(
         _num_units(grad_samples, custom_weights, norms),
         device,

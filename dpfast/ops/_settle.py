@@ -19,23 +19,24 @@ Part = torch.Tensor | DeferredGradient
 def settle(
     parts: Sequence[Part],
     square_norms: Sequence[torch.Tensor | None],
+    out: Sequence[torch.Tensor],
     num_rows: int,
-    device: torch.device,
     settings: dict[str, Any],
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Turn deferred parts into clipped sums.
+    """Write the clipped sums of deferred parts to their outputs, still without noise.
 
     Args:
       parts: in the order of the call; B >= 1.
       square_norms: (B,) of each part, where they are known.
+      out: of the call; what it holds is added to where the settings say so.
       num_rows: B.
-      device: of all parts.
       settings: of the op.
 
     Returns:
       The tensors of the call, (B, *shape) each, of which those marked as summed in the settings
-      hold B times the same row; and the settings, norms included.
+      are their output B times; and the settings, norms included.
     """
+    device = out[0].device
     check_kernels(device)
     deferred = [isinstance(part, DeferredGradient) for part in parts]
     if not any(deferred) and not _worth_reading_once(parts, square_norms, settings):
@@ -51,7 +52,9 @@ def settle(
         if isinstance(part, DeferredGradient):
             group = index if settings["num_groups"] > 1 else 0
             total = part.weighted_sum(weights[group])
-            tensors.append(total.expand(num_rows, *total.shape))
+            target = out[index]
+            target.add_(total) if settings["accumulate"] else target.copy_(total)
+            tensors.append(target.expand(num_rows, *target.shape))
         else:
             tensors.append(part)
     return tensors, {**settings, "summed": deferred}

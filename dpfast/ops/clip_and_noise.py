@@ -296,7 +296,7 @@ def clip_and_noise(
     tensors = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
     if parts is not None:
         known = [grad_samples.square_norms(name) for name in parts]
-        tensors, settings = settle(list(parts.values()), known, num_rows, device, settings)
+        tensors, settings = settle(list(parts.values()), known, results, num_rows, settings)
     threshold, unit_norms, nonfinite = _registration.run(
         tensors, results, None if noise is None else noise.state_on(device), table, **settings
     )
