@@ -21,12 +21,14 @@ class RouteKeeper:
     Attributes:
       layers: so far, in the order of the backward pass.
       routes: by parameter, where a plan has been made.
+      forced: the route of all that can take it; the others are kept.
       tracker: on during the first step under a memory budget.
     """
 
     def __init__(self) -> None:
         self.layers: list[Layer] = []
         self.routes: Mapping[str, Route] | None = None
+        self.forced: Route | None = None
         self.tracker: MemoryTracker | None = None
         self._peaks: list[int] = []
         self._held = 0  # by the routes so far
@@ -68,6 +70,8 @@ class RouteKeeper:
     def _route(self, name: str, costs: dict[Route, Cost]) -> Route:
         if not costs:
             return Route.KEEP
+        if self.forced is not None:
+            return self.forced if self.forced in costs else Route.KEEP
         if self.tracker is not None:
             return leanest(costs)
         planned = None if self.routes is None else self.routes.get(name)

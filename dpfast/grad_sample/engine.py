@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dpfast import _validate
 from dpfast.errors import PrivacyError
 from dpfast.grad_sample._collector import Collector
 from dpfast.grad_sample._deferred import LayerGradient
 from dpfast.grad_sample._interception import Interception
 from dpfast.grad_sample._memory import Choice, MemoryTracker, Profile, profiles_of
 from dpfast.grad_sample.batchnorm import refuse_mixing_layers
-from dpfast.grad_sample.planner import Plan
+from dpfast.grad_sample.planner import Plan, Route
 from dpfast.ops.deferred import DeferredGradient, GradientStore
 
 __all__ = ["PerSampleGradients", "per_sample_gradients"]
@@ -39,8 +40,16 @@ class PerSampleGradients(GradientStore):
     takes as it is. A gradient that is not kept is formed whenever it is looked up.
     """
 
-    def __init__(self, model: nn.Module, memory_budget: float | int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        memory_budget: float | int | None = None,
+        strategy: str = "auto",
+    ) -> None:
         self._budget = _checked_budget(memory_budget)
+        _validate.choice(_NAME, "strategy", strategy, ("auto", *(route.value for route in Route)))
+        if strategy != "auto" and memory_budget is not None:
+            raise ValueError(f"{_NAME}: memory_budget needs strategy auto, got {strategy}")
         self._model = model
         self._profile: Profile | None = None
         self._key: Hashable = None
@@ -50,6 +59,7 @@ class PerSampleGradients(GradientStore):
             raise ValueError(f"{_NAME}: the model must have a parameter that requires grad")
         frozen = [p for p in model.parameters() if not p.requires_grad]
         self._collector = Collector(params, [*model.buffers(), *frozen])
+        self._collector.routes.forced = None if strategy == "auto" else Route(strategy)
         self._grads_before = {name: _state_of(p.grad) for name, p in params.items()}
         self._mode: Interception | None = None
         self._entered = False
@@ -243,7 +253,7 @@ def _state_of(grad: torch.Tensor | None) -> tuple[int, int] | None:
 
 
 def per_sample_gradients(
-    model: nn.Module, *, memory_budget: float | int | None = None
+    model: nn.Module, *, memory_budget: float | int | None = None, strategy: str = "auto"
 ) -> PerSampleGradients:
     """Compute every sample's own gradient in an ordinary forward and backward pass.
 
@@ -268,16 +278,20 @@ def per_sample_gradients(
         int in bytes, or a float as a share of what the ordinary step takes (1.1 for a tenth more).
         The first step on inputs of a new shape measures and runs slower; until it ends each layer
         goes the way that holds least. None: no limit.
+      strategy: "auto", as above; or one way for all weights that can go it, the others being kept:
+        "keep" forms all per-sample gradients, "recompute" and "ghost" as few as possible. A sum of
+        gradients that were formed is taken in float64, of others in the parameter's dtype.
 
     Returns:
       A context manager that yields a mapping from the names of the parameters that require grad
       to per-sample gradients (B, *param.shape), in the order of `model.named_parameters()`.
 
     Raises:
-      ValueError: nothing in the model requires grad; or, on leaving the context, nothing fits in
+      ValueError: nothing in the model requires grad; memory_budget and another strategy than auto;
+        or, on leaving the context, nothing fits in
         memory_budget.
       PrivacyError: a layer mixes the samples (on entry); the loss is not one number per sample, a
         parameter got no per-sample gradient, or one got a gradient past the interception (at the
         backward pass or on leaving the context).
     """
-    return PerSampleGradients(model, memory_budget)
+    return PerSampleGradients(model, memory_budget, strategy)

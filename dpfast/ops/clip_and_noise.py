@@ -243,7 +243,9 @@ def clip_and_noise(
     Guarantees:
       Adding or removing one unit moves the sum before noise by at most max_grad_norm in `norm`
       (over all groups: sqrt(sum C_k^2)), rounding of norms and weights included; the sum itself
-      is taken in float64 and rounded once to the output's dtype.
+      is taken in float64 and rounded once to the output's dtype. Of gradients that
+      `per_sample_gradients` did not form the sum is taken in the parameter's dtype: its rounding,
+      some 1e-7 of the terms, is not part of the bound, and the guarantee says so.
       A unit with NaN or Inf contributes exactly zero. B = 0 gives noise alone. One seed gives the
       same bits for any number of threads. No host synchronisation on CUDA.
 
