@@ -9,7 +9,7 @@ import torch
 
 from benchmarks._workload import Case, Workload
 
-__all__ = ["WrongAnswerError", "check_noise", "check_sum", "tolerance_of"]
+__all__ = ["WrongAnswerError", "check_moments", "check_noise", "check_sum", "tolerance_of"]
 
 # Largest |got - expected| of a noiseless result, relative to the same sum over absolute values.
 # dpfast sums in float64, rounds once to float32 (2^-24) and leaves a margin of 2^-28 in the
@@ -87,16 +87,42 @@ def check_noise(
     Raises:
       WrongAnswerError: one of the two lies more than 5 standard errors away.
     """
+    return check_moments(
+        noise,
+        std=scale * (math.sqrt(2) if case.mechanism == "laplace" else 1.0),
+        kurtosis=_KURTOSIS[case.mechanism],
+        contender=contender,
+        where=str(case),
+    )
+
+
+def check_moments(
+    noise: Sequence[torch.Tensor], *, std: float, kurtosis: float, contender: str, where: str
+) -> float:
+    """Check that noise has mean zero and the standard deviation `std`.
+
+    Args:
+      noise: noisy minus noiseless result.
+      std: expected standard deviation.
+      kurtosis: of the distribution, for the standard error.
+      contender: for the message.
+      where: the row, for the message.
+
+    Returns:
+      The standard deviation over the expected one.
+
+    Raises:
+      WrongAnswerError: one of the two lies more than 5 standard errors away.
+    """
     count = sum(part.numel() for part in noise)
-    expected = scale * (math.sqrt(2) if case.mechanism == "laplace" else 1.0)
     mean = sum(float(part.sum(dtype=torch.float64)) for part in noise) / count
     square = sum(float(part.double().square().sum()) for part in noise) / count
-    ratio = math.sqrt(square) / expected
-    ratio_error = math.sqrt((_KURTOSIS[case.mechanism] - 1) / (4 * count))
-    mean_error = expected / math.sqrt(count)
+    ratio = math.sqrt(square) / std
+    ratio_error = math.sqrt((kurtosis - 1) / (4 * count))
+    mean_error = std / math.sqrt(count)
     if not (abs(ratio - 1) <= _SIGMAS * ratio_error and abs(mean) <= _SIGMAS * mean_error):
         raise WrongAnswerError(
-            f"{contender}: noise must have mean 0 and standard deviation {expected:.4g}, got "
-            f"{mean:.2e} and {ratio:.6f} of it over {count} elements, for {case}"
+            f"{contender}: noise must have mean 0 and standard deviation {std:.4g}, got "
+            f"{mean:.2e} and {ratio:.6f} of it over {count} elements, for {where}"
         )
     return ratio

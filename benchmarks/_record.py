@@ -17,7 +17,15 @@ import torch
 
 from dpfast import __version__, _native
 
-__all__ = ["RESULTS", "available_bytes", "device_name", "device_slug", "environment", "write_json"]
+__all__ = [
+    "RESULTS",
+    "available_bytes",
+    "device_name",
+    "device_slug",
+    "environment",
+    "failure",
+    "write_json",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -123,11 +131,18 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         "versions": {
             "dpfast": __version__,
             "torch": torch.__version__,
+            "monai": _version("monai"),
             "opacus": _version("opacus"),
             "python": platform.python_version(),
         },
         "build": _native.build_info(),
     }
+
+
+def failure(error: BaseException) -> str:
+    """How a peer failed: the exception's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
