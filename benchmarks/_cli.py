@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from benchmarks import _tables, clip_and_noise, report
+from benchmarks import report
+from benchmarks._ops import OPS
 from benchmarks._record import RESULTS, ROOT, device_slug, environment, write_json
-from benchmarks._workload import Case
+from benchmarks._text import TextTable
 from dpfast import _native
 
 __all__ = ["main"]
 
-_OPS = {clip_and_noise.OP: clip_and_noise}
 _NOT_A_TERMINAL_WIDTH = 180
 _IDLE_LOAD = 0.5
 
@@ -28,14 +28,14 @@ _IDLE_LOAD = 0.5
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure dpfast's ops against the machine's memory bandwidth and other "
-        "packages. Without the name of an op, measure all.",
+        description="Measure dpfast's ops against the machine's memory bandwidth, the ordinary "
+        "training step and other packages. Without the name of an op, measure all.",
     )
     parser.add_argument(
         "command",
         nargs="*",
         metavar="OP",
-        help=f"an op to measure ({', '.join(_OPS)}); or 'report': write the tables of the docs "
+        help=f"an op to measure ({', '.join(OPS)}); or 'report': write the tables of the docs "
         "from saved results; or 'where': print the folder of this device's results",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -54,22 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _show(console: Console, result: dict[str, Any], title: str) -> None:
-    device_type = result["machine"]["device_type"]
-    rows = [_tables.row_cells(row, device_type) for row in result["rows"]]
-    console.print(_table(title, _tables.columns(device_type), rows))
-    if result["noise"]:
-        noise = [_tables.noise_cells(row) for row in result["noise"]]
-        console.print(_table("noise alone", _tables.noise_columns(), noise))
+def _show(console: Console, tables: Sequence[TextTable], title: str) -> None:
+    for text in tables:
+        table = Table(title=f"{title}: {text.title}")
+        for heading in text.headings:
+            table.add_column(heading, justify="left" if heading in text.left else "right")
+        for row in text.rows:
+            table.add_row(*row)
+        console.print(table)
 
 
 def _why_no_cuda() -> str | None:
@@ -78,15 +70,22 @@ def _why_no_cuda() -> str | None:
     return None if _native.has_cuda_kernels() else "this build of dpfast has no CUDA kernels"
 
 
-def _advance(progress: Progress, task: TaskID, case: Case, number: int, total: int) -> None:
-    text = f"{case.mebibytes} MiB, B = {case.batch_size}, {case.variant}"
+def _lacking(ops: Sequence[str]) -> str | None:
+    """Which packages an op cannot do without, and are not installed."""
+    for op in ops:
+        absent = [name for name in OPS[op].requires if importlib.util.find_spec(name) is None]
+        if absent:
+            return f"{op} needs {' and '.join(absent)}: pip install '.[benchmarks]'"
+    return None
+
+
+def _advance(progress: Progress, task: TaskID, text: str, number: int, total: int) -> None:
     progress.update(task, description=text, completed=number, total=total)
 
 
 def _measure(
     console: Console, ops: Sequence[str], device: torch.device, arguments: argparse.Namespace
 ) -> None:
-    settings = clip_and_noise.Settings(quick=arguments.quick, rounds=arguments.rounds)
     folder = arguments.output or RESULTS / device_slug(device)
     about = environment(device, arguments.commit)
     load = about["machine"]["load_average_at_start"]
@@ -98,12 +97,13 @@ def _measure(
             style="yellow",
         )
     for op in ops:
+        settings = OPS[op].settings(quick=arguments.quick, rounds=arguments.rounds)
         with Progress(console=console, transient=True) as progress:
             on_row = partial(_advance, progress, progress.add_task(op))
-            result = about | _OPS[op].run(device, settings, on_row)
+            result = about | OPS[op].run(device, settings, on_row)
         path = folder / (f"quick-{op}.json" if arguments.quick else f"{op}.json")
         write_json(path, result)
-        _show(console, result, f"{op} on {result['machine']['device']}")
+        _show(console, OPS[op].tables(result), f"{op} on {result['machine']['device']}")
         console.print(f"written to {path}", soft_wrap=True)
 
 
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_NOT_A_TERMINAL_WIDTH)
-    command = arguments.command or list(_OPS)
+    command = arguments.command or list(OPS)
     if arguments.rounds < 1:
         parser.error(f"--rounds must be >= 1, got {arguments.rounds}")
     if command == ["report"]:
@@ -124,19 +124,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"written to {path}", soft_wrap=True)
         return 0
     device = torch.device(arguments.device)
-    if unknown := [name for name in command if name not in _OPS and command != ["where"]]:
-        parser.error(f"unknown op {unknown[0]}; there is {', '.join(_OPS)}")
+    if unknown := [name for name in command if name not in OPS and command != ["where"]]:
+        parser.error(f"unknown op {unknown[0]}; there is {', '.join(OPS)}")
     if device.type == "cuda" and (reason := _why_no_cuda()):
-        for op in [name for name in command if name in _OPS]:
-            rows = [
-                _tables.not_measured_cells(case, "cuda")
-                for case in _OPS[op].cases("cuda", quick=arguments.quick)
-            ]
-            console.print(_table(f"{op} on CUDA", _tables.columns("cuda"), rows))
+        for op in [name for name in command if name in OPS]:
+            tables = OPS[op].unmeasured("cuda", quick=arguments.quick)
+            _show(console, tables, f"{op} on CUDA")
         Console(stderr=True).print(f"benchmarks: {reason}")
         return 1
     if command == ["where"]:
         console.print(str(RESULTS / device_slug(device)), soft_wrap=True, highlight=False)
         return 0
+    if reason := _lacking(command):
+        parser.error(reason)
     _measure(console, command, device, arguments)
     return 0

@@ -1,15 +1,17 @@
-"""What a row of results says, as text: the terminal and the report show the same figures."""
+"""The tables of the clip_and_noise benchmark."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from benchmarks import clip_and_noise
+from benchmarks._text import NOT_MEASURED, TextTable, not_measured
 from benchmarks._workload import Case
 
 __all__ = [
     "BANDWIDTH_TARGET",
     "NOISE_OVER_RANDN_TARGET",
-    "NOT_MEASURED",
+    "TEXT",
     "bandwidth_target",
     "columns",
     "noise_cells",
@@ -17,13 +19,25 @@ __all__ = [
     "noise_share_target",
     "not_measured_cells",
     "row_cells",
+    "tables",
+    "unmeasured",
 ]
 
-NOT_MEASURED = "not measured"
 BANDWIDTH_TARGET = 0.85
 # 1 ns where torch.randn takes 2.6: a ratio, since processors and their neighbours differ.
 NOISE_OVER_RANDN_TARGET = 2.6
 
+TEXT = """\
+"share of bandwidth" is the time to move the row's bytes (the gradients twice, once with given
+norms, and the output once) at the bandwidth measured right before and after, over dpfast's time:
+read bandwidth on the CPU, copy bandwidth on CUDA. It can exceed 100 % where the gradients fit in a
+cache. "noise share" is the part of the call that a call without noise saves. "x / dpfast" says how
+many times longer x takes.
+
+Targets, for float32 gradients larger than the caches (64 MiB and more): at least 85 % of the
+bandwidth; noise at most 15 % of a CPU call at B = 16, at most 5 % at B >= 64 and on CUDA. A sample
+of noise at least 2.6 times faster than one of torch.randn with AVX-512.
+"""
 
 _LARGER_THAN_CACHE = 64  # MiB
 
@@ -62,8 +76,11 @@ def _case_cells(case: Case) -> list[str]:
 def not_measured_cells(case: Case, device_type: str, reason: str | None = None) -> list[str]:
     """A row without figures: nothing stands in for what nobody has measured."""
     cells = _case_cells(case)
-    text = NOT_MEASURED if reason is None else f"{NOT_MEASURED}: {reason}"
-    return [*cells, text, *[NOT_MEASURED] * (len(columns(device_type)) - len(cells) - 1)]
+    return [
+        *cells,
+        not_measured(reason),
+        *[NOT_MEASURED] * (len(columns(device_type)) - len(cells) - 1),
+    ]
 
 
 def _percent(value: float, *, least: float | None = None, most: float | None = None) -> str:
@@ -85,7 +102,7 @@ def row_cells(row: dict[str, Any], device_type: str) -> list[str]:
         cells.append(_percent(ratios[f"noise_share{infix}"], most=most))
     for peer in ("pytorch", "opacus"):
         if peer in row["not_measured"]:
-            cells.append(f"{NOT_MEASURED}: {row['not_measured'][peer]}")
+            cells.append(not_measured(row["not_measured"][peer]))
         else:
             cells.append(f"{ratios[f'{peer}_over_dpfast']:.2f}x")
     return [*cells, f"{100 * row['seconds']['dpfast']['spread']:.0f} %"]
@@ -105,3 +122,21 @@ def noise_cells(row: dict[str, Any]) -> list[str]:
         f"{row['torch_randn_nanoseconds_per_sample']['median']:.2f}",
         f"{gain:.2f}x" + (" (missed)" if gain < NOISE_OVER_RANDN_TARGET else ""),
     ]
+
+
+def tables(result: dict[str, Any]) -> list[TextTable]:
+    """What was measured."""
+    device_type = result["machine"]["device_type"]
+    rows = [row_cells(row, device_type) for row in result["rows"]]
+    found = [TextTable("clip_and_noise", columns(device_type), rows, ("variant",))]
+    if result["noise"]:
+        noise = [noise_cells(row) for row in result["noise"]]
+        found.append(TextTable("noise alone", noise_columns(), noise))
+    return found
+
+
+def unmeasured(device_type: str, *, quick: bool) -> list[TextTable]:
+    """The table of rows where nobody has measured."""
+    chosen = clip_and_noise.cases(device_type, quick=quick)
+    rows = [not_measured_cells(case, device_type) for case in chosen]
+    return [TextTable("clip_and_noise", columns(device_type), rows, ("variant",))]

@@ -83,6 +83,11 @@ class Case:
         return self.grad_bytes + 48 * self.num_params + 2**29
 
     @property
+    def label(self) -> str:
+        """The row in words."""
+        return f"{self.mebibytes} MiB, B = {self.batch_size}, {self.variant}"
+
+    @property
     def variant(self) -> str:
         """What differs from flat clipping of float32 gradients with Gaussian noise."""
         parts = [

@@ -282,14 +282,14 @@ def run_noise(settings: Settings) -> list[dict[str, Any]]:
 
 
 def run(
-    device: torch.device, settings: Settings, on_row: Callable[[Case, int, int], None]
+    device: torch.device, settings: Settings, on_row: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """Measure all rows.
 
     Args:
       device: CPU or CUDA.
       settings: how much to measure.
-      on_row: called before each row with its case, its number from 0 and the number of rows.
+      on_row: called before each row with its description, its number from 0 and the number of rows.
 
     Returns:
       What is saved, without the description of the machine.
@@ -298,7 +298,7 @@ def run(
     bandwidth = Bandwidth(device, quick=settings.quick)
     rows = []
     for number, case in enumerate(chosen):
-        on_row(case, number, len(chosen))
+        on_row(case.label, number, len(chosen))
         rows.append(run_case(case, device, bandwidth, settings))
         gc.collect()  # captured graphs hold the row's gradients in reference cycles
         if device.type == "cuda":

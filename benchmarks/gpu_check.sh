@@ -56,7 +56,7 @@ DPFAST_CUDA=ON part build 240 "$python" -m pip install --no-build-isolation --no
 
 results=$root/benchmarks/results/unknown-device
 if [ "$failed" -ne 0 ]; then
-  for name in tests memcheck racecheck benchmarks; do skip "$name" "the build failed"; done
+  for name in tests memcheck racecheck benchmarks step; do skip "$name" "the build failed"; done
 else
   if found=$("$python" -m benchmarks where --device cuda); then results=$found; fi
 
@@ -75,7 +75,12 @@ else
     fi
   done
 
-  part benchmarks 180 "$python" -m benchmarks --device cuda --output "$logs" "$@"
+  part benchmarks 180 "$python" -m benchmarks clip_and_noise --device cuda --output "$logs" "$@"
+  if "$python" -c 'import monai, einops' 2>/dev/null; then
+    part step 300 "$python" -m benchmarks step --device cuda --output "$logs" "$@"
+  else
+    skip step "MONAI or einops is not installed"
+  fi
 fi
 
 mkdir -p "$results"
@@ -93,7 +98,7 @@ for entry in sys.argv[2:]:
     name, verdict, seconds = entry.rsplit("=", 2)
     summary["parts"][name] = {"verdict": verdict, "seconds": int(seconds)}
 # Tests and rows that need these are left out without them.
-for package in ("hypothesis", "opacus"):
+for package in ("einops", "hypothesis", "monai", "opacus"):
     if importlib.util.find_spec(package) is None:
         summary["missing_packages"].append(package)
 if (logs / "tests.xml").exists():
