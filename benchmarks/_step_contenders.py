@@ -6,8 +6,6 @@ every sample's gradient and adds noise between the last two.
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 
 import dpfast
@@ -58,7 +56,7 @@ class BudgetStep(DpfastStep):
 
     def _grads(self) -> dpfast.PerSampleGradients:
         budget = self.task.case.memory_budget
-        return dpfast.per_sample_gradients(self.model, memory_budget=budget)  # type: ignore[call-arg]
+        return dpfast.per_sample_gradients(self.model, memory_budget=budget)
 
 
 class TorchFuncStep(Step):
@@ -111,7 +109,3 @@ STEPS: dict[str, StepType] = {
     "opacus_functorch": FunctorchStep,
     "opacus_ghost": GhostStep,
 }
-# Until per_sample_gradients takes a memory budget: then delete this, "import inspect" and the
-# "type: ignore" that mypy then reports as unused.
-if "memory_budget" not in inspect.signature(dpfast.per_sample_gradients).parameters:
-    del STEPS[BUDGET]
