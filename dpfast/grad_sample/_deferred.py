@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from dpfast.grad_sample._samples import samples_first
+from dpfast.ops.conv_grad import add_product, conv_grad
 from dpfast.ops.conv_grad_sample import ConvSettings, conv_grad_sample, conv_square_norms
 from dpfast.ops.deferred import DeferredGradient
 from dpfast.ops.ghost_norms import ghost_square_norms
@@ -113,15 +114,16 @@ class LayerGradient(DeferredGradient):
         """See DeferredGradient."""
         return self.form_measured()[0]
 
-    def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
+    def weighted_sum(self, weights: torch.Tensor, out: torch.Tensor, *, accumulate: bool) -> None:
         """See DeferredGradient."""
         start = time.perf_counter()
-        with _plain():
-            total = self._weighted_sum(weights)
+        with _plain(), _full_float32(self.device):
+            x, grad_output = self._weighted(weights)
+            self._sum(x, grad_output, out, accumulate)
         self.note_seconds(time.perf_counter() - start)
-        return total.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
 
-    def _weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
+    def _weighted(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is held, by sample, the gradients weighted and dropped samples zero."""
         x, grad_output = self._by_sample()
         if grad_output.dtype not in (torch.float32, torch.float64):
             x, grad_output = x.float(), grad_output.float()
@@ -133,8 +135,7 @@ class LayerGradient(DeferredGradient):
             # 0 * NaN is NaN.
             grad_output = grad_output.masked_fill_(dropped, 0.0)
             x = x.masked_fill(dropped.reshape(-1, *[1] * (x.dim() - 1)), 0.0)
-        with _full_float32(self.device):
-            return self._sum(x, grad_output)
+        return x, grad_output
 
     @property
     @abstractmethod
@@ -165,8 +166,10 @@ class LayerGradient(DeferredGradient):
         """The held tensors with samples on the first axis."""
 
     @abstractmethod
-    def _sum(self, x: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-        """The ordinary gradient of the weight, contiguous."""
+    def _sum(
+        self, x: torch.Tensor, grad_output: torch.Tensor, out: torch.Tensor, accumulate: bool
+    ) -> None:
+        """Write or add the ordinary gradient of the weight."""
 
     @abstractmethod
     def _direct_norms(self) -> torch.Tensor: ...
@@ -225,12 +228,10 @@ class ConvGradient(LayerGradient):
     def _by_sample(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.held
 
-    def _sum(self, x: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-        weight = x.new_empty(()).expand(self.shape[1:])  # its values are not read
-        total: torch.Tensor = torch.ops.aten.convolution_backward(
-            grad_output, x, weight, None, *self._settings, [False, True, False]
-        )[1]
-        return total.contiguous()
+    def _sum(
+        self, x: torch.Tensor, grad_output: torch.Tensor, out: torch.Tensor, accumulate: bool
+    ) -> None:
+        conv_grad(x, grad_output, self._settings, out, accumulate=accumulate)
 
     def _direct_norms(self) -> torch.Tensor:
         return conv_square_norms(*self.held, self.shape[1:], self._settings)
@@ -296,8 +297,10 @@ class LinearGradient(LayerGradient):
         )
         return first, second
 
-    def _sum(self, x: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-        return grad_output.flatten(0, 1).t() @ x.flatten(0, 1)
+    def _sum(
+        self, x: torch.Tensor, grad_output: torch.Tensor, out: torch.Tensor, accumulate: bool
+    ) -> None:
+        add_product(grad_output.flatten(0, 1).t(), x.flatten(0, 1), out, accumulate=accumulate)
 
     def _direct_norms(self) -> torch.Tensor:
         x, grad_output = self._by_sample()

@@ -59,9 +59,9 @@ class RouteKeeper:
             stays = sum(held.values())
             self._held += sum(size for key, size in held.items() if key not in self._seen)
             self._seen.update(held)
-        if first:
-            self._ordinary += target.tensor.numel() * target.tensor.element_size()
-        layer = Layer(target.name, costs, held, route, stays)
+        size = target.tensor.numel() * target.tensor.element_size()
+        self._ordinary += size if first else 0
+        layer = Layer(target.name, costs, held, size, route, stays)
         if gradient.device.type == "cpu":
             layer.add_seconds(time.perf_counter() - start)
             gradient.note_seconds = layer.add_seconds
@@ -84,7 +84,15 @@ class RouteKeeper:
         self._peaks.append(peak)
         self._ordinary_peak = max(self._ordinary_peak, peak + self._ordinary)
 
-    def profile(self, batch_size: int) -> Profile:
-        """What the tracked step showed, once its backward pass has ended."""
+    def profile(self, batch_size: int, parameter_bytes: int) -> Profile:
+        """What the tracked step showed, once its backward pass has ended.
+
+        Args:
+          batch_size: B.
+          parameter_bytes: of all parameters that are trained.
+        """
+        assert self.tracker is not None
         self._mark()
-        return Profile(tuple(self.layers), Timeline(batch_size, self._peaks, self._ordinary_peak))
+        end = self.tracker.live - self._held + parameter_bytes
+        ordinary = max(self._ordinary_peak, end)
+        return Profile(tuple(self.layers), Timeline(batch_size, self._peaks, end, ordinary))

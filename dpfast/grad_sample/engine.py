@@ -148,7 +148,9 @@ class PerSampleGradients(GradientStore):
         """Keep what the tracked step showed; refuse a budget that nothing fits in."""
         routes, batch_size = self._collector.routes, self._collector.batch_size
         if routes.tracker is not None and batch_size > 0:
-            self._profile = routes.profile(batch_size)
+            params = [target.tensor for target in self._collector.params]
+            size = sum(param.numel() * param.element_size() for param in params)
+            self._profile = routes.profile(batch_size, size)
             profiles_of(self._model)[self._key] = self._profile
         choice = self._choice()
         if choice is not None and choice.predicted > choice.budget:

@@ -56,6 +56,7 @@ class Layer:
       name: of the parameter.
       costs: of the routes that it can take; empty where its gradient is kept in any case.
       held: address and bytes of what the deferring routes hold; two layers may hold the same.
+      weight_bytes: of the parameter.
       route: what was done.
       bytes: that stayed in memory.
       seconds: on the host, for the norms, the gradient or the sum; None on other devices, which do
@@ -65,6 +66,7 @@ class Layer:
     name: str
     costs: dict[Route, Cost]
     held: dict[int, int]
+    weight_bytes: int
     route: Route
     bytes: int
     seconds: float | None = None
@@ -119,34 +121,31 @@ class Timeline:
     Attributes:
       batch_size: B of that step.
       peaks: highest before the first layer of the backward pass, between each two, after the last.
+      end: when the backward pass has ended, with the clipped sums of all parameters.
       ordinary: highest that the ordinary step would have had.
     """
 
     batch_size: int
     peaks: Sequence[int]
+    end: int
     ordinary: int
 
 
-def _predicted(layers: Sequence[Layer], routes: Sequence[Route], peaks: Sequence[int]) -> list[int]:
-    """The peak before, between and after the layers under some routes."""
-    found = [peaks[0]]
+def _predicted(layers: Sequence[Layer], routes: Sequence[Route], timeline: Timeline) -> list[int]:
+    """The peaks of the timeline, and that of the clipped sums, under some routes."""
+    found = [timeline.peaks[0]]
     held: set[int] = set()
-    total = 0
-    for layer, route, peak in zip(layers, routes, peaks[1:], strict=True):
+    total = most = 0
+    for layer, route, peak in zip(layers, routes, timeline.peaks[1:], strict=True):
         if route is Route.KEEP:
             total += layer.costs[route].bytes if layer.costs else 0
         else:
             total += sum(size for key, size in layer.held.items() if key not in held)
             held.update(layer.held)
+            # Its sum takes a weighted copy of what is held, and may be turned about.
+            most = max(most, sum(layer.held.values()) + layer.weight_bytes)
         found.append(peak + total)
-    # The last: clipped sums form one after the other, each with a weighted copy of what is held.
-    copies = [
-        sum(layer.held.values())
-        for layer, r in zip(layers, routes, strict=True)
-        if r is not Route.KEEP
-    ]
-    found[-1] = max(found[-1], total + max(copies, default=0))
-    return found
+    return [*found, timeline.end + total + most]
 
 
 def choose_routes(
@@ -162,7 +161,7 @@ def choose_routes(
     """
     routes = [fastest(layer.costs) if layer.costs else Route.KEEP for layer in layers]
     while True:
-        peaks = _predicted(layers, routes, timeline.peaks)
+        peaks = _predicted(layers, routes, timeline)
         worst = max(range(len(peaks)), key=peaks.__getitem__)
         if peaks[worst] <= budget:
             return routes, peaks[worst]
@@ -171,7 +170,7 @@ def choose_routes(
             for route in layer.costs:
                 changed = [*routes]
                 changed[index] = route
-                after = _predicted(layers, changed, timeline.peaks)
+                after = _predicted(layers, changed, timeline)
                 saved = peaks[worst] - after[worst]
                 if saved <= 0 or max(after) > peaks[worst]:
                     continue

@@ -51,10 +51,8 @@ def settle(
     for index, part in enumerate(parts):
         if isinstance(part, DeferredGradient):
             group = index if settings["num_groups"] > 1 else 0
-            total = part.weighted_sum(weights[group])
-            target = out[index]
-            target.add_(total) if settings["accumulate"] else target.copy_(total)
-            tensors.append(target.expand(num_rows, *target.shape))
+            part.weighted_sum(weights[group], out[index], accumulate=settings["accumulate"])
+            tensors.append(out[index].expand(num_rows, *out[index].shape))
         else:
             tensors.append(part)
     return tensors, {**settings, "summed": deferred}

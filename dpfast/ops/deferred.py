@@ -32,12 +32,14 @@ class DeferredGradient(ABC):
         """The samples' squared L2 norms (B,), float64, never below the true ones in arithmetic."""
 
     @abstractmethod
-    def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
-        """The sum over the samples of weight times gradient, (*param.shape,), contiguous.
+    def weighted_sum(self, weights: torch.Tensor, out: torch.Tensor, *, accumulate: bool) -> None:
+        """Write or add the sum over the samples of weight times gradient.
 
         Args:
           weights: (B,) float64. What a sample of weight 0 holds, NaN and Inf included, has no
             part in the sum.
+          out: (*param.shape,), float32 (float64 for float64 gradients).
+          accumulate: add to what it holds.
         """
 
     def stand_in(self) -> torch.Tensor:
