@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from dpfast.grad_sample._samples import samples_first
-from dpfast.ops.conv_grad import add_product, conv_grad
+from dpfast.ops.conv_grad import conv_grad, product
 from dpfast.ops.conv_grad_sample import ConvSettings, conv_grad_sample, conv_square_norms
 from dpfast.ops.deferred import DeferredGradient
 from dpfast.ops.ghost_norms import ghost_square_norms
@@ -114,13 +114,16 @@ class LayerGradient(DeferredGradient):
         """See DeferredGradient."""
         return self.form_measured()[0]
 
-    def weighted_sum(self, weights: torch.Tensor, out: torch.Tensor, *, accumulate: bool) -> None:
+    def weighted_sum(
+        self, weights: torch.Tensor, out: torch.Tensor | None, *, accumulate: bool
+    ) -> torch.Tensor:
         """See DeferredGradient."""
         start = time.perf_counter()
         with _plain(), _full_float32(self.device):
             x, grad_output = self._weighted(weights)
-            self._sum(x, grad_output, out, accumulate)
+            total = self._sum(x, grad_output, out, accumulate).to(self.dtype)
         self.note_seconds(time.perf_counter() - start)
+        return total
 
     def _weighted(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is held, by sample, the gradients weighted and dropped samples zero."""
@@ -167,9 +170,13 @@ class LayerGradient(DeferredGradient):
 
     @abstractmethod
     def _sum(
-        self, x: torch.Tensor, grad_output: torch.Tensor, out: torch.Tensor, accumulate: bool
-    ) -> None:
-        """Write or add the ordinary gradient of the weight."""
+        self,
+        x: torch.Tensor,
+        grad_output: torch.Tensor,
+        out: torch.Tensor | None,
+        accumulate: bool,
+    ) -> torch.Tensor:
+        """The ordinary gradient of the weight, written or added."""
 
     @abstractmethod
     def _direct_norms(self) -> torch.Tensor: ...
@@ -229,9 +236,14 @@ class ConvGradient(LayerGradient):
         return self.held
 
     def _sum(
-        self, x: torch.Tensor, grad_output: torch.Tensor, out: torch.Tensor, accumulate: bool
-    ) -> None:
-        conv_grad(x, grad_output, self._settings, out, accumulate=accumulate)
+        self,
+        x: torch.Tensor,
+        grad_output: torch.Tensor,
+        out: torch.Tensor | None,
+        accumulate: bool,
+    ) -> torch.Tensor:
+        shape = self.shape[1:]
+        return conv_grad(x, grad_output, shape, self._settings, out, accumulate=accumulate)
 
     def _direct_norms(self) -> torch.Tensor:
         return conv_square_norms(*self.held, self.shape[1:], self._settings)
@@ -298,9 +310,14 @@ class LinearGradient(LayerGradient):
         return first, second
 
     def _sum(
-        self, x: torch.Tensor, grad_output: torch.Tensor, out: torch.Tensor, accumulate: bool
-    ) -> None:
-        add_product(grad_output.flatten(0, 1).t(), x.flatten(0, 1), out, accumulate=accumulate)
+        self,
+        x: torch.Tensor,
+        grad_output: torch.Tensor,
+        out: torch.Tensor | None,
+        accumulate: bool,
+    ) -> torch.Tensor:
+        first, second = grad_output.flatten(0, 1).t(), x.flatten(0, 1)
+        return product(first, second, self.shape[1:], out, accumulate=accumulate)
 
     def _direct_norms(self) -> torch.Tensor:
         x, grad_output = self._by_sample()

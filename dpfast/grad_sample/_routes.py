@@ -59,9 +59,9 @@ class RouteKeeper:
             stays = sum(held.values())
             self._held += sum(size for key, size in held.items() if key not in self._seen)
             self._seen.update(held)
-        size = target.tensor.numel() * target.tensor.element_size()
-        self._ordinary += size if first else 0
-        layer = Layer(target.name, costs, held, size, route, stays)
+        if first:
+            self._ordinary += target.tensor.numel() * target.tensor.element_size()
+        layer = Layer(target.name, costs, held, route, stays)
         if gradient.device.type == "cpu":
             layer.add_seconds(time.perf_counter() - start)
             gradient.note_seconds = layer.add_seconds

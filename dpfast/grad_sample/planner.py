@@ -56,7 +56,6 @@ class Layer:
       name: of the parameter.
       costs: of the routes that it can take; empty where its gradient is kept in any case.
       held: address and bytes of what the deferring routes hold; two layers may hold the same.
-      weight_bytes: of the parameter.
       route: what was done.
       bytes: that stayed in memory.
       seconds: on the host, for the norms, the gradient or the sum; None on other devices, which do
@@ -66,7 +65,6 @@ class Layer:
     name: str
     costs: dict[Route, Cost]
     held: dict[int, int]
-    weight_bytes: int
     route: Route
     bytes: int
     seconds: float | None = None
@@ -142,8 +140,7 @@ def _predicted(layers: Sequence[Layer], routes: Sequence[Route], timeline: Timel
         else:
             total += sum(size for key, size in layer.held.items() if key not in held)
             held.update(layer.held)
-            # Its sum takes a weighted copy of what is held, and may be turned about.
-            most = max(most, sum(layer.held.values()) + layer.weight_bytes)
+            most = max(most, sum(layer.held.values()))  # a weighted copy for the sum
         found.append(peak + total)
     return [*found, timeline.end + total + most]
 

@@ -19,50 +19,55 @@ Part = torch.Tensor | DeferredGradient
 def settle(
     parts: Sequence[Part],
     square_norms: Sequence[torch.Tensor | None],
-    out: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor] | None,
     num_rows: int,
+    device: torch.device,
     settings: dict[str, Any],
-) -> tuple[list[torch.Tensor], dict[str, Any]]:
+) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, Any]]:
     """Write the clipped sums of deferred parts to their outputs, still without noise.
 
     Args:
       parts: in the order of the call; B >= 1.
       square_norms: (B,) of each part, where they are known.
-      out: of the call; what it holds is added to where the settings say so.
+      out: of the call; what it holds is added to where the settings say so. None: new ones.
       num_rows: B.
+      device: of all.
       settings: of the op.
 
     Returns:
       The tensors of the call, (B, *shape) each, of which those marked as summed in the settings
-      are their output B times; and the settings, norms included.
+      are their output B times; the outputs; and the settings, norms included.
     """
-    device = out[0].device
     check_kernels(device)
     deferred = [isinstance(part, DeferredGradient) for part in parts]
-    if not any(deferred) and not _worth_reading_once(parts, square_norms, settings):
-        return list(parts), settings  # type: ignore[arg-type]
-    if settings["norms"] is None:
+    if settings["norms"] is None and (
+        any(deferred) or _worth_reading_once(parts, square_norms, settings)
+    ):
         norms = _norms(parts, square_norms, num_rows, device, settings)
         settings = {**settings, "norms": norms}
-    if not any(deferred):
-        return list(parts), settings  # type: ignore[arg-type]
-    weights = _row_weights(num_rows, device, settings)
-    tensors = []
+    weights = _row_weights(num_rows, device, settings) if any(deferred) else None
+    tensors, results = [], []
     for index, part in enumerate(parts):
+        target = None if out is None else out[index]
         if isinstance(part, DeferredGradient):
+            assert weights is not None
             group = index if settings["num_groups"] > 1 else 0
-            part.weighted_sum(weights[group], out[index], accumulate=settings["accumulate"])
-            tensors.append(out[index].expand(num_rows, *out[index].shape))
+            accumulate = settings["accumulate"]
+            target = part.weighted_sum(weights[group], target, accumulate=accumulate)
+            tensors.append(target.expand(num_rows, *target.shape))
         else:
+            dtype = torch.float64 if part.dtype == torch.float64 else torch.float32
+            target = part.new_empty(part.shape[1:], dtype=dtype) if target is None else target
             tensors.append(part)
-    return tensors, {**settings, "summed": deferred}
+        results.append(target)
+    return tensors, results, {**settings, "summed": deferred if any(deferred) else []}
 
 
 def _worth_reading_once(
     parts: Sequence[Part], square_norms: Sequence[torch.Tensor | None], settings: dict[str, Any]
 ) -> bool:
     """Whether most of what would be read for the norms has known ones."""
-    if settings["norms"] is not None or not _by_sample(settings) or settings["num_groups"] > 1:
+    if not _by_sample(settings) or settings["num_groups"] > 1:
         return False
     known = sum(p.shape.numel() for p, s in zip(parts, square_norms, strict=True) if s is not None)
     return 2 * known > sum(part.shape.numel() for part in parts)

@@ -258,7 +258,9 @@ def clip_and_noise(
     )
     accumulate = _validate.flag(args.NAME, "accumulate", accumulate)
     given = args.out_in_order(out, keys)
-    table = None if given is None else _native.plain_tensors(tensors, given)
+    # A stand-in may have the layout of an ordinary tensor.
+    deferred = parts is not None and any(isinstance(p, DeferredGradient) for p in parts.values())
+    table = None if given is None or deferred else _native.plain_tensors(tensors, given)
     num_rows = _validate.batch_of(args.NAME, tensors) if table is None else table.num_rows
     device, count = tensors[0].device, len(tensors)
     return_stats = _validate.flag(args.NAME, "return_stats", return_stats)
@@ -273,7 +275,9 @@ def clip_and_noise(
         raise TypeError(f"{args.NAME}: noise must be a NoiseSource, got {type(noise).__name__}")
     args.check_unit_ids(privacy_unit_ids, num_rows, device)
     units = args.check_units(clipping, norms, bounds, privacy_unit_ids, num_rows, device)
-    results = given if given and table else args.check_out(out, tensors, keys, accumulate)
+    results = given if given and table else None
+    if results is None and (parts is None or out is not None or accumulate):
+        results = args.check_out(out, tensors, keys, accumulate)
 
     settings: dict[str, Any] = {
         "bounds": bounds.values,
@@ -298,7 +302,10 @@ def clip_and_noise(
     tensors = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
     if parts is not None:
         known = [grad_samples.square_norms(name) for name in parts]
-        tensors, settings = settle(list(parts.values()), known, results, num_rows, settings)
+        tensors, results, settings = settle(
+            list(parts.values()), known, results, num_rows, device, settings
+        )
+    assert results is not None
     threshold, unit_norms, nonfinite = _registration.run(
         tensors, results, None if noise is None else noise.state_on(device), table, **settings
     )
@@ -320,6 +327,6 @@ def clip_and_noise(
             secure,
             given_norms=norms is not None,
             accumulate=accumulate,
-            deferred=any(settings["summed"]),
+            deferred=deferred,
         ),
     )

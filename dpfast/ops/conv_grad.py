@@ -1,4 +1,4 @@
-"""The ordinary gradient of a convolution's weight, over the whole batch, into given memory."""
+"""The ordinary gradient of a convolution's weight, over the whole batch."""
 
 from __future__ import annotations
 
@@ -8,38 +8,53 @@ import torch
 
 from dpfast.ops.conv_grad_sample import ConvSettings
 
-__all__ = ["add_product", "conv_grad"]
+__all__ = ["conv_grad", "product"]
 
 
-def add_product(
-    first: torch.Tensor, second: torch.Tensor, out: torch.Tensor, *, accumulate: bool
-) -> None:
-    """Write or add the matrix product (m, k) @ (k, n) to `out`, whose first axis is m long."""
-    if not out.is_contiguous() or out.dtype != first.dtype:
-        product = (first @ second).reshape(out.shape)
-        out.add_(product) if accumulate else out.copy_(product)
-    elif accumulate:
-        out.view(first.shape[0], -1).addmm_(first, second)
+def product(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    shape: torch.Size,
+    out: torch.Tensor | None,
+    *,
+    accumulate: bool,
+) -> torch.Tensor:
+    """The matrix product (m, k) @ (k, n) in a shape whose first axis is m long; see conv_grad."""
+    if out is not None and (not out.is_contiguous() or out.dtype != first.dtype):
+        return _put((first @ second).reshape(shape), out, accumulate=accumulate)
+    if out is None:
+        return (first @ second).reshape(shape)
+    if accumulate:
+        out.view(shape[0], -1).addmm_(first, second)
     else:
-        torch.mm(first, second, out=out.view(first.shape[0], -1))
+        torch.mm(first, second, out=out.view(shape[0], -1))
+    return out
+
+
+def _put(total: torch.Tensor, out: torch.Tensor | None, *, accumulate: bool) -> torch.Tensor:
+    if out is None:
+        return total.contiguous()
+    return out.add_(total) if accumulate else out.copy_(total)
 
 
 def conv_grad(
     x: torch.Tensor,
     grad_output: torch.Tensor,
+    weight_shape: torch.Size,
     settings: ConvSettings,
-    out: torch.Tensor,
+    out: torch.Tensor | None = None,
     *,
-    accumulate: bool,
-) -> None:
-    """Write or add the gradient of the summed loss with respect to a convolution's weight.
+    accumulate: bool = False,
+) -> torch.Tensor:
+    """The gradient of the summed loss with respect to a convolution's weight.
 
     Args:
       x: input (N, C, *spatial), float32 or float64.
       grad_output: (N, K, *positions), likewise.
+      weight_shape: of the weight.
       settings: the convolution's.
-      out: of the weight's shape.
-      accumulate: add to what it holds.
+      out: where it goes; None: a new, contiguous tensor.
+      accumulate: add to what `out` holds.
     """
     anchor, moving = (x, grad_output) if settings.transposed else (grad_output, x)
     samples, m = anchor.shape[:2]
@@ -48,20 +63,20 @@ def conv_grad(
         # So few positions that a library's kernel spends its time, and several times the weight's
         # memory, on turning the weight about. With more it is faster than patches.
         first = anchor.transpose(0, 1).reshape(m, rows)
-        add_product(first, _patches(anchor, moving, settings, out), out, accumulate=accumulate)
-        return
-    weight = x.new_empty(()).expand(out.shape)  # its values are not read
+        patches = _patches(anchor, moving, settings, weight_shape[2:])
+        return product(first, patches, weight_shape, out, accumulate=accumulate)
+    weight = x.new_empty(()).expand(weight_shape)  # its values are not read
     total = torch.ops.aten.convolution_backward(
         grad_output, x, weight, None, *settings, [False, True, False]
     )[1]
-    out.add_(total) if accumulate else out.copy_(total)
+    return _put(total, out, accumulate=accumulate)
 
 
 def _patches(
-    anchor: torch.Tensor, moving: torch.Tensor, settings: ConvSettings, weight: torch.Tensor
+    anchor: torch.Tensor, moving: torch.Tensor, settings: ConvSettings, kernel: torch.Size
 ) -> torch.Tensor:
     """(N * positions, n * taps): what each anchor position is multiplied by."""
-    sizes, kernel, axes = anchor.shape[2:], weight.shape[2:], anchor.dim() - 2
+    sizes, axes = anchor.shape[2:], anchor.dim() - 2
     around = []
     for axis in reversed(range(axes)):
         before = settings.padding[axis]

@@ -15,7 +15,7 @@ class DeferredGradient(ABC):
 
     Attributes:
       shape: (B, *param.shape), B >= 1.
-      dtype: of the parameter, float32 or float64.
+      dtype: of the parameter and of the sum, float32 or float64.
       device: of the tensors that it is computed from.
     """
 
@@ -32,14 +32,16 @@ class DeferredGradient(ABC):
         """The samples' squared L2 norms (B,), float64, never below the true ones in arithmetic."""
 
     @abstractmethod
-    def weighted_sum(self, weights: torch.Tensor, out: torch.Tensor, *, accumulate: bool) -> None:
-        """Write or add the sum over the samples of weight times gradient.
+    def weighted_sum(
+        self, weights: torch.Tensor, out: torch.Tensor | None, *, accumulate: bool
+    ) -> torch.Tensor:
+        """The sum over the samples of weight times gradient, (*param.shape,).
 
         Args:
           weights: (B,) float64. What a sample of weight 0 holds, NaN and Inf included, has no
             part in the sum.
-          out: (*param.shape,), float32 (float64 for float64 gradients).
-          accumulate: add to what it holds.
+          out: where it goes, of the gradient's dtype; None: a new, contiguous tensor.
+          accumulate: add to what `out` holds.
         """
 
     def stand_in(self) -> torch.Tensor:
