@@ -14,10 +14,11 @@ namespace dpfast {
 constexpr int kConvAxes = 3;  // depth, height, width; missing axes have size 1
 
 struct ConvGrad {
-  const float* anchor;  // [samples, groups * m, anchor_size...]
-  const float* moving;  // [samples, groups * n, moving_size...]
-  float* out;           // element (b, g, m, n, tap) at the strides below
-  float* anchor_sums;   // [samples, groups * m] sums over the anchor's positions, or null
+  const float* anchor;   // [samples, groups * m, anchor_size...]
+  const float* moving;   // [samples, groups * n, moving_size...]
+  float* out;            // element (b, g, m, n, tap) at the strides below; null: only norms
+  float* anchor_sums;    // [samples, groups * m] sums over the anchor's positions, or null
+  double* square_norms;  // [samples] sum of squares of a sample's gradients, or null
   std::int64_t samples, groups, m, n;
   std::int64_t anchor_size[kConvAxes], moving_size[kConvAxes], kernel[kConvAxes];
   std::int64_t stride[kConvAxes], padding[kConvAxes], dilation[kConvAxes];
