@@ -98,11 +98,11 @@ struct Plan {
   }
 };
 
-// Offsets within a sample are 32-bit: those of the anchor, of its gradients, and of everything a
-// tap may look at, inside or not.
+// Offsets within a sample are 32-bit: in elements those of the anchor and of its gradients, in
+// bytes those of everything a tap may look at, inside or not.
 void check_sizes(const ConvGrad& conv) {
   const std::int64_t most = 1ll << 29;  // of any factor below; kOutside leaves as much room
-  std::int64_t reach = std::max<std::int64_t>(1, conv.n);
+  std::int64_t reach = std::max<std::int64_t>(1, conv.n) * 4;
   std::int64_t elements = std::max<std::int64_t>(1, conv.groups * conv.m);
   std::int64_t weights = conv.groups * conv.m * conv.n;
   const auto grow = [&](std::int64_t& product, std::int64_t by) {
@@ -137,8 +137,8 @@ class ConvLauncher {
     task_.out = conv.out;
     task_.anchor_sums = conv.anchor_sums;
     task_.images = images;
-    task_.out_m_stride = conv.out_m_stride;
-    task_.out_n_stride = conv.out_n_stride;
+    task_.out_m_stride = narrow(conv.out_m_stride, "elements in a sample");
+    task_.out_n_stride = narrow(conv.out_n_stride, "elements in a sample");
     task_.groups = static_cast<int>(conv.groups);
     task_.m = static_cast<int>(conv.m);
     task_.n = static_cast<int>(conv.n);

@@ -36,13 +36,12 @@ __device__ inline double row_sum(const T* row) {
   return static_cast<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-__device__ inline void store_gradient(const ConvTask& task, std::int64_t image, int m, int column,
-                                      float value) {
-  if (task.out == nullptr) return;
+// Where an image's gradient (m, column) lies in its part of `out`.
+__device__ inline int place_of(const ConvTask& task, int m, int column) {
   const int n = task.by_taps.divide(column);
   const int tap = column - n * task.taps;
-  task.out[image * task.m * task.columns + m * task.out_m_stride + n * task.out_n_stride +
-           (task.flip_taps ? task.taps - 1 - tap : tap)] = value;
+  return m * task.out_m_stride + n * task.out_n_stride +
+         (task.flip_taps ? task.taps - 1 - tap : tap);
 }
 
 // A block takes one tile of one image's gradients over one split of the positions.
@@ -69,7 +68,7 @@ __global__ void __launch_bounds__(Form::Tile::kThreads)
       task.positions - begin < task.split_positions ? task.positions : begin + task.split_positions;
 
   for (int i = threadIdx.x; i < Tile::kN; i += Tile::kThreads) {
-    columns[i] = make_column(task, first_column + i);
+    columns[i] = make_column(task, first_column + i, static_cast<int>(sizeof(T)));
   }
   __syncthreads();
 
@@ -107,21 +106,17 @@ __global__ void __launch_bounds__(Form::Tile::kThreads)
     }
   }
   double squares = 0.0;
-  float* partials = task.partials == nullptr
-                        ? nullptr
-                        : task.partials + (split * task.images + image) * task.m * task.columns;
+  const bool partial = task.partials != nullptr;
+  float* to = partial ? task.partials + split * task.images * task.m * task.columns : task.out;
+  if (to != nullptr) to += image * task.m * task.columns;
   form.for_each([&](int tile_row, int tile_column, float sum) {
     const int m = first_m + tile_row;
     const int column = first_column + tile_column;
     if (m >= task.m || column >= task.columns) return;
-    if (partials != nullptr) {
-      partials[static_cast<std::int64_t>(m) * task.columns + column] = sum;
-    } else {
-      store_gradient(task, image, m, column, sum);
-      squares += static_cast<double>(sum) * static_cast<double>(sum);
-    }
+    if (to != nullptr) to[place_of(task, m, column)] = sum;
+    squares += static_cast<double>(sum) * static_cast<double>(sum);
   });
-  if (task.squares == nullptr || partials != nullptr) return;
+  if (task.squares == nullptr || partial) return;
   squares = block_sum<Tile::kThreads>(squares);
   if (threadIdx.x == 0) {
     const std::int64_t sample = image / task.groups;
@@ -137,9 +132,8 @@ __global__ void __launch_bounds__(kSplitThreads)
     conv_grad_splits_kernel(const __grid_constant__ ConvTask task, const int blocks) {
   const std::int64_t sample = static_cast<int>(blockIdx.x) / blocks;
   const int part = static_cast<int>(blockIdx.x) % blocks;
-  const int per_image = task.m * task.columns;
-  const std::int64_t elements = static_cast<std::int64_t>(task.groups) * per_image;
-  const std::int64_t all = task.images * per_image;
+  const std::int64_t elements = static_cast<std::int64_t>(task.groups) * task.m * task.columns;
+  const std::int64_t all = task.images * task.m * task.columns;
   double squares = 0.0;
   for (int i = 0; i < kSplitElements / kSplitThreads; ++i) {
     const std::int64_t at = static_cast<std::int64_t>(part) * kSplitElements + i * kSplitThreads +
@@ -152,10 +146,7 @@ __global__ void __launch_bounds__(kSplitThreads)
       sum += static_cast<double>(partials[split * all]);
     }
     const float value = static_cast<float>(sum);
-    const int group = static_cast<int>(at / per_image);
-    const int element = static_cast<int>(at - static_cast<std::int64_t>(group) * per_image);
-    const int m = element / task.columns;
-    store_gradient(task, sample * task.groups + group, m, element - m * task.columns, value);
+    if (task.out != nullptr) task.out[sample * elements + at] = value;
     squares += static_cast<double>(value) * static_cast<double>(value);
   }
   if (task.squares == nullptr) return;

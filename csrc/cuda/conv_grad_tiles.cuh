@@ -49,11 +49,11 @@ struct ConvTask {
   const void* moving;
   float* out;
   float* anchor_sums;
-  float* partials;       // [splits, images, m, columns]: positions are split; else null
+  float* partials;       // [splits] times what out holds, where positions are split; else null
   double* sum_partials;  // [splits, images * m], likewise
   double* squares;       // [samples, square_parts], or null
   std::int64_t images;   // samples * groups
-  std::int64_t out_m_stride, out_n_stride;
+  int out_m_stride, out_n_stride;
   int groups, m, n, columns, taps;  // columns = n * taps
   int positions, split_positions;
   int splits, tiles_m, tiles_n, square_parts;
@@ -64,13 +64,13 @@ struct ConvTask {
   bool anchor_vectors;  // 16-byte loads of the anchor are aligned
 };
 
-// What a column adds to a position: elements, and depth, height, width.
+// What a column adds to a position: bytes, and depth, height, width.
 struct alignas(16) ConvColumn {
   int offset, depth, height, width;
 };
 constexpr int kOutside = -(1 << 30);  // a depth that lies outside of every tensor
 
-__device__ inline ConvColumn make_column(const ConvTask& task, int index) {
+__device__ inline ConvColumn make_column(const ConvTask& task, int index, int item) {
   if (index >= task.columns) return {0, kOutside, 0, 0};
   const int n = task.by_taps.divide(index);
   int tap = index - n * task.taps;
@@ -80,7 +80,8 @@ __device__ inline ConvColumn make_column(const ConvTask& task, int index) {
   column.height = tap % task.kernel[1] * task.dilation[1];
   column.depth = tap / task.kernel[1] * task.dilation[0];
   const int* size = task.moving_size;
-  column.offset = ((n * size[0] + column.depth) * size[1] + column.height) * size[2] + column.width;
+  column.offset =
+      (((n * size[0] + column.depth) * size[1] + column.height) * size[2] + column.width) * item;
   return column;
 }
 
@@ -164,21 +165,31 @@ class ConvLoader {
     const int width = x * task_.stride[2] - task_.padding[2];
     int depth = z * task_.stride[0] - task_.padding[0];
     const int* size = task_.moving_size;
-    const T* base =
-        moving_ + ((static_cast<std::int64_t>(depth) * size[1] + height) * size[2] + width);
+    const char* base = reinterpret_cast<const char*>(
+        moving_ + ((static_cast<std::int64_t>(depth) * size[1] + height) * size[2] + width));
     if (first + k >= end_) depth = kOutside;
     T* mine = tile + threadIdx.x / kK * kPitch<T> + k;
+    const ConvColumn* columns = columns_ + threadIdx.x / kK;
+    // Columns are read four at a time: an asynchronous copy is a barrier to the compiler.
+    constexpr int kAtOnce = 4;
+    static_assert(kGathers % kAtOnce == 0, "whole groups of columns");
 #pragma unroll
-    for (int i = 0; i < kGathers; ++i) {
-      const ConvColumn column = columns_[threadIdx.x / kK + i * kColumnsAtOnce];
-      const bool inside = is_below(depth + column.depth, size[0]) &
-                          is_below(height + column.height, size[1]) &
-                          is_below(width + column.width, size[2]);
-      if constexpr (kAsync) {
-        copy_async<4>(mine + i * kColumnsAtOnce * kPitch<T>, base + column.offset, inside);
-      } else {
-        values_[i] = T(0.0f);
-        if (inside) values_[i] = base[column.offset];
+    for (int i = 0; i < kGathers; i += kAtOnce) {
+      ConvColumn column[kAtOnce];
+#pragma unroll
+      for (int c = 0; c < kAtOnce; ++c) column[c] = columns[(i + c) * kColumnsAtOnce];
+#pragma unroll
+      for (int c = 0; c < kAtOnce; ++c) {
+        const bool inside = is_below(depth + column[c].depth, size[0]) &
+                            is_below(height + column[c].height, size[1]) &
+                            is_below(width + column[c].width, size[2]);
+        const T* from = reinterpret_cast<const T*>(base + column[c].offset);
+        if constexpr (kAsync) {
+          copy_async<4>(mine + (i + c) * kColumnsAtOnce * kPitch<T>, from, inside);
+        } else {
+          values_[i + c] = T(0.0f);
+          if (inside) values_[i + c] = *from;
+        }
       }
     }
   }
