@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ def conv_grad_sample(
     """
     if _is_product(weight_shape, settings):
         return _by_product(x, grad_output, settings), _bias_grads(grad_output)
-    if x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES and x.dim() <= 5:
+    if _has_own_kernel(x):
         return _by_own_kernel(x, grad_output, weight_shape, settings)
     return _by_library(x, grad_output, weight_shape, settings), _bias_grads(grad_output)
 
@@ -50,6 +51,23 @@ def _bias_grads(grad_output: torch.Tensor) -> torch.Tensor:
 
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _has_own_kernel(x: torch.Tensor) -> bool:
+    if x.dtype not in _NATIVE_DTYPES or x.dim() > 5:
+        return False
+    if x.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(x.device)
+        return _native.has_cuda_kernels() and capability >= (8, 0)
+    return x.device.type == "cpu"
+
+
+def _allows_tf32() -> bool:
+    """What PyTorch's own convolutions are told."""
+    settings = getattr(torch.backends.cudnn, "conv", None)  # PyTorch >= 2.9
+    if settings is not None:
+        return bool(settings.fp32_precision == "tf32")
+    return bool(torch.backends.cudnn.allow_tf32)
 
 
 def _is_product(weight_shape: Sequence[int], settings: ConvSettings) -> bool:
@@ -71,33 +89,73 @@ def _by_product(x: torch.Tensor, grad_output: torch.Tensor, settings: ConvSettin
     return product.reshape(*product.shape, *[1] * (x.dim() - 2))
 
 
+def _fills_rows(channels: int, others: int, on_cuda: bool) -> bool:
+    """Whether the others are better as the anchor's channels, if the two may change places."""
+    if channels >= others:
+        return False
+    if not on_cuda:
+        return channels < _native.conv_lanes()
+    # Anchor channels are rows of tiles, the other tensor's times taps are columns.
+    rows, rows_of_others = (16 if c <= 16 else -(-c // 32) * 32 for c in (channels, others))
+    return rows_of_others * channels <= rows * others
+
+
+def _is_small(
+    anchor: torch.Tensor,
+    moving: torch.Tensor,
+    weight_shape: Sequence[int],
+    padding: Sequence[int],
+    settings: ConvSettings,
+) -> bool:
+    """Whether the CUDA kernels' 32-bit offsets within a sample suffice (check_sizes there)."""
+    bytes_reached = 4 * moving.shape[1] // settings.groups
+    for size, positions, k, step, amount, distance in zip(
+        moving.shape[2:],
+        anchor.shape[2:],
+        weight_shape[2:],
+        settings.stride,
+        padding,
+        settings.dilation,
+        strict=True,
+    ):
+        bytes_reached *= max(size, positions * step + amount) + (k - 1) * distance
+    return max(bytes_reached, anchor.shape[1:].numel(), math.prod(weight_shape)) < 2**31
+
+
 def _by_own_kernel(
     x: torch.Tensor, grad_output: torch.Tensor, weight_shape: Sequence[int], settings: ConvSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """In float32, on the CPU."""
+    """On the CPU in float32; on CUDA in the inputs' dtype with sums in float32."""
     kernel = weight_shape[2:]
-    out = torch.empty((x.shape[0], *weight_shape))
+    on_cuda = x.device.type == "cuda"
     anchor, moving = (x, grad_output) if settings.transposed else (grad_output, x)
     padding = settings.padding
-    # The anchor's channels fill vectors. With a stride of 1 the two can change places.
+    # The anchor's channels fill vectors or rows. With a stride of 1 the two can change places.
     swapped_padding = [
         (k - 1) * d - p for k, d, p in zip(kernel, settings.dilation, padding, strict=True)
     ]
-    channels = anchor.shape[1] // settings.groups
+    channels, others = (t.shape[1] // settings.groups for t in (anchor, moving))
     swapped = (
-        channels < _native.conv_lanes()
-        and channels < moving.shape[1] // settings.groups
+        _fills_rows(channels, others, on_cuda)
         and all(step == 1 for step in settings.stride)
         and all(amount >= 0 for amount in swapped_padding)
     )
     if swapped:
         anchor, moving, padding = moving, anchor, swapped_padding
+    if on_cuda and not _is_small(anchor, moving, weight_shape, padding, settings):
+        return _by_library(x, grad_output, weight_shape, settings), _bias_grads(grad_output)
+    anchor, moving = anchor.contiguous(), moving.contiguous()
+    if not on_cuda:
+        anchor, moving = anchor.float(), moving.float()
+    out = torch.empty((x.shape[0], *weight_shape), dtype=torch.float32, device=x.device)
     # The kernel passes over the anchor's channels anyway; are they the output's?
     of_output = swapped == settings.transposed
-    bias = torch.empty(grad_output.shape[:2]) if of_output else None
+    bias = None
+    if of_output:
+        bias = torch.empty(grad_output.shape[:2], dtype=torch.float32, device=x.device)
     _native.conv_grad(
-        anchor.contiguous().float(),
-        moving.contiguous().float(),
+        anchor,
+        moving,
         out,
         groups=settings.groups,
         kernel=kernel,
@@ -106,6 +164,7 @@ def _by_own_kernel(
         dilation=settings.dilation,
         swapped=swapped,
         anchor_sums=bias,
+        allow_tf32=on_cuda and _allows_tf32(),
     )
     return out, _bias_grads(grad_output) if bias is None else bias
 
