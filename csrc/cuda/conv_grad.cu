@@ -15,12 +15,16 @@ namespace dpfast::cuda {
 namespace {
 
 constexpr std::int64_t kMaxInt = std::numeric_limits<int>::max();
-constexpr std::int64_t kBlocksPerProcessor = 16;   // two rounds of what fits at once, about
-constexpr std::int64_t kLeastPositions = 512;      // of a split: its tile must be worth storing
+constexpr std::int64_t kThreadsWanted = 1024;  // of a processor: about two rounds of what fits
+constexpr std::int64_t kLeastPositions = 256;  // of a split: its tile must be worth storing
+constexpr std::int64_t kStep = 32;  // a split is whole steps of every form, and whole 16 bytes
 constexpr std::int64_t kMaxPartials = 16ll << 20;  // elements: 64 MB
 constexpr int kTileM[] = {16, 16, 32, 64, 64, 128};
 constexpr int kTileN[] = {32, 128, 64, 32, 64, 64};
+constexpr int kFloatThreads[] = {32, 64, 64, 64, 64, 128};
+constexpr int kTensorThreads = 128;
 constexpr int kTiles = 6;
+constexpr int kThreadsToFill = 512;  // of a processor, to hide what a warp waits for
 
 enum class Form { kFloat, kTf32, kBFloat16, kFloat16 };
 
@@ -47,35 +51,32 @@ int narrow(std::int64_t value, const char* what) {
 }
 
 struct Plan {
-  int tile;
-  std::int64_t split_positions;
+  int tile = 0;
+  std::int64_t split_positions = kStep;
 
-  // The tile with the least work in instructions per position: 1/32 a product (less on tensor
-  // cores) and about ten for each value gathered, of which tiles below one another repeat.
+  // The tile that takes the least time: instructions per position over the share of the processors'
+  // warps that its blocks fill. A product takes 1/32 of one (less on tensor cores), a gathered
+  // value about eleven; tiles below one another gather the same values.
   Plan(const ConvGrad& conv, Form form, int processors) {
     const double product = form == Form::kFloat ? 1.1 : form == Form::kTf32 ? 0.25 : 0.15;
     double least = 0.0;
     for (int t = 0; t < kTiles; ++t) {
-      const double tiles =
-          static_cast<double>(divide_up(conv.m, kTileM[t]) * divide_up(columns(conv), kTileN[t]));
-      const double work =
-          tiles * (product * kTileM[t] * kTileN[t] + 10.0 * kTileN[t] + 2.0 * kTileM[t]);
-      if (t == 0 || work < least) {
-        tile = t;
-        least = work;
+      Plan other;
+      other.tile = t;
+      const int threads = form == Form::kFloat ? kFloatThreads[t] : kTensorThreads;
+      other.split(conv, processors * kThreadsWanted / threads);
+      const double work = static_cast<double>(other.tiles_m(conv) * other.tiles_n(conv)) *
+                          (product * kTileM[t] * kTileN[t] + 11.0 * kTileN[t] + 2.0 * kTileM[t]);
+      const double all_threads =
+          static_cast<double>(other.blocks(conv, other.splits(conv)) * threads);
+      const double filled =
+          std::min(1.0, all_threads / (static_cast<double>(processors) * kThreadsToFill));
+      const double time = work / std::max(filled, 1e-9);
+      if (t == 0 || time < least) {
+        least = time;
+        *this = other;
       }
     }
-    const std::int64_t positions = volume(conv.anchor_size);
-    const std::int64_t wanted =
-        divide_up(kBlocksPerProcessor * processors, std::max<std::int64_t>(1, blocks(conv, 1)));
-    const std::int64_t outputs =
-        std::max<std::int64_t>(1, conv.samples * conv.groups * conv.m * columns(conv));
-    const std::int64_t count = std::max<std::int64_t>(
-        1, std::min({wanted, positions / kLeastPositions, kMaxPartials / outputs}));
-    // Whole steps of every form, and whole 16 bytes.
-    constexpr std::int64_t kStep = 32;
-    split_positions = std::max(
-        kStep, divide_up(divide_up(std::max<std::int64_t>(1, positions), count), kStep) * kStep);
   }
 
   static std::int64_t columns(const ConvGrad& conv) { return conv.n * volume(conv.kernel); }
@@ -95,6 +96,20 @@ struct Plan {
   }
   std::int64_t square_parts(const ConvGrad& conv) const {
     return splits(conv) > 1 ? split_blocks(conv) : conv.groups * tiles_n(conv) * tiles_m(conv);
+  }
+
+ private:
+  Plan() = default;
+
+  void split(const ConvGrad& conv, std::int64_t blocks_wanted) {
+    const std::int64_t positions = volume(conv.anchor_size);
+    const std::int64_t wanted =
+        divide_up(blocks_wanted, std::max<std::int64_t>(1, blocks(conv, 1)));
+    const std::int64_t outputs =
+        std::max<std::int64_t>(1, conv.samples * conv.groups * conv.m * columns(conv));
+    const std::int64_t count = std::max<std::int64_t>(
+        1, std::min({wanted, positions / kLeastPositions, kMaxPartials / outputs}));
+    split_positions = std::max(kStep, divide_up(divide_up(positions, count), kStep) * kStep);
   }
 };
 
@@ -238,7 +253,7 @@ class ConvLauncher {
   void run_float() const {
     switch (plan_.tile) {
       case 0:
-        return start<FloatForm<ConvTile<float, 16, 32, 64>, 2, 4>>();
+        return start<FloatForm<ConvTile<float, 16, 32, 32>, 4, 4>>();
       case 1:
         return start<FloatForm<ConvTile<float, 16, 128, 64>, 4, 8>>();
       case 2:
