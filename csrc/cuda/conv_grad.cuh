@@ -11,6 +11,8 @@
 
 namespace dpfast::cuda {
 
+// On a processor at once; up to 168 registers each. Left alone, the compiler spills to fit more.
+constexpr int kThreadsAtLeast = 384;
 constexpr int kSplitThreads = 256;
 constexpr int kSplitElements = 4 * kSplitThreads;  // of a sample's gradients, per block
 constexpr int kFinishThreads = 128;
@@ -46,7 +48,7 @@ __device__ inline int place_of(const ConvTask& task, int m, int column) {
 
 // A block takes one tile of one image's gradients over one split of the positions.
 template <class Form>
-__global__ void __launch_bounds__(Form::Tile::kThreads)
+__global__ void __launch_bounds__(Form::Tile::kThreads, kThreadsAtLeast / Form::Tile::kThreads)
     conv_grad_kernel(const __grid_constant__ ConvTask task) {
   using Tile = typename Form::Tile;
   using T = typename Tile::Value;

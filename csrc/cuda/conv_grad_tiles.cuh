@@ -104,7 +104,9 @@ class ConvLoader {
   static constexpr int kColumnsAtOnce = Tile::kThreads / kK;
   static constexpr int kGathers = Tile::kN / kColumnsAtOnce;
   static constexpr bool kAsync = sizeof(T) == 4;
-  static_assert(Tile::kThreads % kK == 0 && Tile::kN % kColumnsAtOnce == 0, "no thread idles");
+  static_assert(Tile::kThreads % kK == 0 && Tile::kN % kColumnsAtOnce == 0 &&
+                    Tile::kM % kColumnsAtOnce == 0,
+                "no thread idles");
 
  public:
   __device__ ConvLoader(const ConvTask& task, const T* anchor, const T* moving, int rows, int end,
@@ -127,12 +129,16 @@ class ConvLoader {
 #pragma unroll
       for (int i = 0; i < kGathers; ++i) mine[i * kColumnsAtOnce * kPitch<T>] = values_[i];
       if (!task_.anchor_vectors) {
+        const int k = static_cast<int>(threadIdx.x) % kK;
+        const int row = static_cast<int>(threadIdx.x) / kK;
+        const T* from = anchor_ + static_cast<std::int64_t>(row) * task_.positions + (first + k);
 #pragma unroll 8
-        for (int i = threadIdx.x; i < Tile::kM * kK; i += Tile::kThreads) {
-          const int row = i / kK, at = first + i % kK;
-          const bool inside = row < rows_ && at < end_;
-          tile[row * kPitch<T> + i % kK] =
-              inside ? anchor_[static_cast<std::int64_t>(row) * task_.positions + at] : T(0.0f);
+        for (int i = 0; i < Tile::kM; i += kColumnsAtOnce) {
+          T value = T(0.0f);
+          if (first + k < end_ && row + i < rows_) {
+            value = from[static_cast<std::int64_t>(i) * task_.positions];
+          }
+          tile[(row + i) * kPitch<T> + k] = value;
         }
       }
     }
@@ -144,12 +150,17 @@ class ConvLoader {
   __device__ void copy_anchor(int first, T* tile) {
     constexpr int kEach = kBytes / static_cast<int>(sizeof(T));
     constexpr int kCopies = kK / kEach;  // of a row
+    constexpr int kRowsAtOnce = Tile::kThreads / kCopies;
+    const int k = static_cast<int>(threadIdx.x) % kCopies * kEach;
+    const int row = static_cast<int>(threadIdx.x) / kCopies;
+    const bool inside = first + k < end_;
+    const T* from = anchor_ + static_cast<std::int64_t>(row) * task_.positions + (first + k);
+    const std::int64_t step = static_cast<std::int64_t>(kRowsAtOnce) * task_.positions;
+    T* to = tile + row * kPitch<T> + k;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < Tile::kM * kCopies; i += Tile::kThreads) {
-      const int row = i / kCopies, k = i % kCopies * kEach;
-      copy_async<kBytes>(tile + row * kPitch<T> + k,
-                         anchor_ + static_cast<std::int64_t>(row) * task_.positions + first + k,
-                         row < rows_ && first + k < end_);
+    for (int i = 0; i < Tile::kM; i += kRowsAtOnce, from += step) {
+      if (Tile::kM % kRowsAtOnce != 0 && row >= Tile::kM) break;  // more threads than copies
+      copy_async<kBytes>(to + i * kPitch<T>, from, inside & (row + i < rows_));
     }
   }
 
