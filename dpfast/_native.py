@@ -210,25 +210,69 @@ def conv_grad(
     swapped: bool,
     anchor_sums: torch.Tensor | None = None,
     square_norms: torch.Tensor | None = None,
+    allow_tf32: bool = False,
 ) -> None:
     """Per-sample sums of anchor times moving at every tap (csrc/math/conv_grad.h).
 
     Args:
-      anchor: (N, groups * m, *positions), contiguous float32 on the CPU.
-      moving: (N, groups * n, *spatial), likewise.
+      anchor: (N, groups * m, *positions), contiguous: float32 on the CPU; on CUDA float32, bfloat16
+        or float16.
+      moving: (N, groups * n, *spatial), likewise, of the same dtype.
       out: (N, groups * m, n, *kernel), or where swapped (N, groups * n, m, *kernel) with the taps
-        in reverse; likewise. None: not wanted.
+        in reverse; contiguous float32. None: not wanted.
       groups: of the convolution.
       kernel: taps along each spatial axis, of which there are 1 to 3.
       stride: of the convolution, per axis.
       padding: zeros before the first value, per axis, >= 0.
       dilation: distance between taps, per axis.
       swapped: which layout `out` has.
-      anchor_sums: (N, groups * m), where the anchor's sums over its positions go.
+      anchor_sums: (N, groups * m) float32, where the anchor's sums over its positions go.
       square_norms: (N,) float64, where the sums of the squares of what `out` gets go.
+      allow_tf32: float32 may be rounded to TF32 on CUDA, where `out` is given.
+
+    Raises:
+      TypeError: anchor and moving differ in dtype.
+      ValueError: a sample or the batch has too many elements for the CUDA kernels.
     """
+    if anchor.dtype != moving.dtype:
+        raise TypeError(
+            f"conv_grad: anchor and moving must have one dtype, got {anchor.dtype} and "
+            f"{moving.dtype}"
+        )
     missing = 5 - anchor.dim()
     ones, zeros = [1] * missing, [0] * missing
+    if anchor.device.type == "cuda":
+        device = anchor.device
+        call: dict[str, object] = {
+            "anchor": anchor.data_ptr(),
+            "moving": moving.data_ptr(),
+            "out": _address(out),
+            "anchor_sums": _address(anchor_sums),
+            "square_norms": _address(square_norms),
+            "samples": anchor.shape[0],
+            "groups": groups,
+            "m": anchor.shape[1] // groups,
+            "n": moving.shape[1] // groups,
+            "anchor_size": [*ones, *anchor.shape[2:]],
+            "moving_size": [*ones, *moving.shape[2:]],
+            "kernel": [*ones, *kernel],
+            "stride": [*ones, *stride],
+            "padding": [*zeros, *padding],
+            "dilation": [*ones, *dilation],
+            "swapped": swapped,
+            "dtype": DTYPE_CODES[anchor.dtype],
+            "allow_tf32": allow_tf32,
+            "workspace": 0,
+        }
+        workspace = torch.empty(
+            _core.conv_grad_cuda_workspace_bytes(call, device.index),
+            dtype=torch.uint8,
+            device=device,
+        )
+        call["workspace"] = workspace.data_ptr()
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _core.conv_grad_cuda(call, device.index, stream)
+        return
     _core.conv_grad_cpu(
         anchor.data_ptr(),
         moving.data_ptr(),

@@ -9,6 +9,9 @@
 #include "cpu/conv_grad_cpu.h"
 #include "cpu/kernels.h"
 #include "cpu/prelu_grad_cpu.h"
+#if defined(DPFAST_WITH_CUDA)
+#include "cuda/conv_grad_cuda.h"
+#endif
 
 namespace dpfast::bindings {
 namespace {
@@ -75,6 +78,40 @@ void run_ghost(std::uint64_t anchor_gram, std::uint64_t moving_gram, std::uint64
   cpu::ghost_norm(ghost, num_threads);
 }
 
+#if defined(DPFAST_WITH_CUDA)
+// By keyword from dpfast/_native.py.
+struct CudaConvCall {
+  ConvGrad conv{};
+  cuda::ConvGradOptions options{};
+
+  explicit CudaConvCall(const py::dict& call) {
+    const auto get = [&](const char* key) { return call[key]; };
+    const auto address = [&](const char* key) { return get(key).cast<std::uint64_t>(); };
+    const auto number = [&](const char* key) { return get(key).cast<std::int64_t>(); };
+    conv.anchor = pointer<const float>(address("anchor"));
+    conv.moving = pointer<const float>(address("moving"));
+    conv.out = pointer<float>(address("out"));
+    conv.anchor_sums = pointer<float>(address("anchor_sums"));
+    conv.square_norms = pointer<double>(address("square_norms"));
+    conv.samples = number("samples");
+    conv.groups = number("groups");
+    conv.m = number("m");
+    conv.n = number("n");
+    const auto axes = [&](const char* key) { return get(key).cast<Axes>(); };
+    copy_shape(conv, axes("anchor_size"), axes("moving_size"), axes("kernel"), axes("stride"),
+               axes("padding"), axes("dilation"));
+    const bool swapped = get("swapped").cast<bool>();
+    const std::int64_t taps = volume(conv.kernel);
+    conv.out_m_stride = swapped ? taps : conv.n * taps;
+    conv.out_n_stride = swapped ? conv.m * taps : taps;
+    conv.flip_taps = swapped;
+    options.dtype = static_cast<DType>(checked_enum(get("dtype").cast<int>(), 4, "dtype"));
+    options.allow_tf32 = get("allow_tf32").cast<bool>();
+    options.workspace = pointer<void>(address("workspace"));
+  }
+};
+#endif
+
 }  // namespace
 
 void bind_grad_sample(py::module_& module) {
@@ -100,6 +137,23 @@ void bind_grad_sample(py::module_& module) {
              py::arg("square_norms"), py::arg("samples"), py::arg("m"), py::arg("n"),
              py::arg("anchor_size"), py::arg("moving_size"), py::arg("kernel"), py::arg("stride"),
              py::arg("padding"), py::arg("dilation"), py::arg("num_threads"));
+#if defined(DPFAST_WITH_CUDA)
+  module.def(
+      "conv_grad_cuda_workspace_bytes",
+      [](const py::dict& call, int device) {
+        const CudaConvCall ready(call);
+        return cuda::conv_grad_workspace_bytes(ready.conv, ready.options, device);
+      },
+      py::arg("call"), py::arg("device"));
+  module.def(
+      "conv_grad_cuda",
+      [](const py::dict& call, int device, std::uint64_t stream) {
+        const CudaConvCall ready(call);
+        py::gil_scoped_release release;
+        cuda::conv_grad(ready.conv, ready.options, device, pointer<void>(stream));
+      },
+      py::arg("call"), py::arg("device"), py::arg("stream"));
+#endif
 }
 
 }  // namespace dpfast::bindings

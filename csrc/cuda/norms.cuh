@@ -2,11 +2,11 @@
 // parts. Every sum has a fixed order, so that the bits repeat.
 #pragma once
 
+#include "cuda/block_sum.cuh"
 #include "cuda/tensors.cuh"
 
 namespace dpfast::cuda {
 
-constexpr int kWarp = 32;
 constexpr int kNormThreads = 256;
 constexpr int kTotalThreads = 512;
 
@@ -21,13 +21,6 @@ struct NormTask {
 
 __device__ inline double measure(double x, Norm norm) {
   return norm == Norm::kL2 ? x * x : fabs(x);
-}
-
-__device__ inline double warp_sum(double x) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    x += __shfl_xor_sync(0xffffffffu, x, offset);
-  }
-  return x;
 }
 
 // One row (the common case): eight 16-byte loads in flight per lane.

@@ -29,7 +29,7 @@ struct Tensor {
   std::int64_t row_stride;  // elements, may be 0 (broadcast rows)
   std::int64_t numel;       // P
   DType dtype;
-  int group;    // index of its norm and threshold
+  int group;  // index of its norm and threshold
   // `out` already holds the clipped sum, what is to be accumulated included, and grad is out: only
   // noise and division are left. Needs given norms.
   bool summed;

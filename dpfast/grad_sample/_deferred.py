@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from dpfast.grad_sample._samples import samples_first
+from dpfast.ops._precision import full_float32
 from dpfast.ops.conv_grad import conv_grad, product
 from dpfast.ops.conv_grad_sample import ConvSettings, conv_grad_sample, conv_square_norms
 from dpfast.ops.deferred import DeferredGradient
@@ -25,21 +26,6 @@ def _plain() -> Iterator[None]:
     """No graph, and no mode that looks at every call."""
     with torch.no_grad(), torch._C.DisableTorchFunction():
         yield
-
-
-@contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """No TF32 and no bfloat16 in products: a sample's part in a sum must not outgrow its norm."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        if device.type == "cuda":
-            with torch.backends.cudnn.flags(allow_tf32=False):
-                yield
-        else:
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def _rounded_down(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -119,7 +105,7 @@ class LayerGradient(DeferredGradient):
     ) -> torch.Tensor:
         """See DeferredGradient."""
         start = time.perf_counter()
-        with _plain(), _full_float32(self.device):
+        with _plain(), full_float32(self.device):
             x, grad_output = self._weighted(weights)
             total = self._sum(x, grad_output, out, accumulate).to(self.dtype)
         self.note_seconds(time.perf_counter() - start)

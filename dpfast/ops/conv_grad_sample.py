@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from dpfast import _native
+from dpfast.ops._precision import allows_tf32_convolutions
 
 __all__ = ["ConvGrads", "ConvSettings", "bias_grads", "conv_grad_sample", "conv_square_norms"]
 
@@ -50,9 +53,10 @@ def conv_grad_sample(
     """
     if _is_product(weight_shape, settings):
         return ConvGrads(_by_product(x, grad_output, settings), bias_grads(grad_output), None)
-    if _has_own_kernel(x):
-        out = torch.empty((x.shape[0], *weight_shape))
-        bias, squares = _by_own_kernel(x, grad_output, weight_shape, settings, out)
+    call = _kernel_call(x, grad_output, weight_shape, settings)
+    if call is not None:
+        out = torch.empty((x.shape[0], *weight_shape), dtype=torch.float32, device=x.device)
+        bias, squares = call.run(out)
         return ConvGrads(out, bias_grads(grad_output) if bias is None else bias, squares)
     weight = _by_library(x, grad_output, weight_shape, settings)
     return ConvGrads(weight, bias_grads(grad_output), None)
@@ -62,17 +66,24 @@ def conv_square_norms(
     x: torch.Tensor, grad_output: torch.Tensor, weight_shape: Sequence[int], settings: ConvSettings
 ) -> torch.Tensor:
     """Squared norms (N,), float64, of what conv_grad_sample would give, one sample at a time."""
-    if not _is_product(weight_shape, settings) and _has_own_kernel(x):
-        return _by_own_kernel(x, grad_output, weight_shape, settings, None)[1]
-    squares = [
-        conv_grad_sample(x[i : i + 1], grad_output[i : i + 1], weight_shape, settings).weight
-        for i in range(x.shape[0])
-    ]
-    return torch.stack([weight.double().square().sum() for weight in squares])
+    if not _is_product(weight_shape, settings):
+        call = _kernel_call(x, grad_output, weight_shape, settings)
+        if call is not None:
+            return call.run(None)[1]
+    squares = x.new_zeros(x.shape[0], dtype=torch.float64)
+    for i in range(x.shape[0]):
+        one = conv_grad_sample(x[i : i + 1], grad_output[i : i + 1], weight_shape, settings)
+        squares[i] = one.weight.double().square().sum()
+    return squares
 
 
 def _has_own_kernel(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES and x.dim() <= 5
+    if x.dtype not in _NATIVE_DTYPES or x.dim() > 5:
+        return False
+    if x.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(x.device)
+        return _native.has_cuda_kernels() and capability >= (8, 0)
+    return x.device.type == "cpu"
 
 
 def bias_grads(grad_output: torch.Tensor) -> torch.Tensor:
@@ -103,48 +114,107 @@ def _by_product(x: torch.Tensor, grad_output: torch.Tensor, settings: ConvSettin
     return product.reshape(*product.shape, *[1] * (x.dim() - 2))
 
 
-def _by_own_kernel(
-    x: torch.Tensor,
-    grad_output: torch.Tensor,
+def _fills_rows(channels: int, others: int, on_cuda: bool) -> bool:
+    """Whether the others are better as the anchor's channels, if the two may change places."""
+    if channels >= others:
+        return False
+    if not on_cuda:
+        return channels < _native.conv_lanes()
+    # Anchor channels are rows of tiles, the other tensor's times taps are columns.
+    rows, rows_of_others = (16 if c <= 16 else -(-c // 32) * 32 for c in (channels, others))
+    return rows_of_others * channels <= rows * others
+
+
+def _is_small(
+    anchor: torch.Tensor,
+    moving: torch.Tensor,
     weight_shape: Sequence[int],
+    padding: Sequence[int],
     settings: ConvSettings,
-    out: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """In float32, on the CPU: the bias' gradients where they come out as well, and the norms."""
-    kernel = weight_shape[2:]
+) -> bool:
+    """Whether the CUDA kernels' 32-bit offsets within a sample suffice (check_sizes there)."""
+    bytes_reached = 4 * moving.shape[1] // settings.groups
+    for size, positions, k, step, amount, distance in zip(
+        moving.shape[2:],
+        anchor.shape[2:],
+        weight_shape[2:],
+        settings.stride,
+        padding,
+        settings.dilation,
+        strict=True,
+    ):
+        bytes_reached *= max(size, positions * step + amount) + (k - 1) * distance
+    return max(bytes_reached, anchor.shape[1:].numel(), math.prod(weight_shape)) < 2**31
+
+
+@dataclass(frozen=True)
+class _KernelCall:
+    """One call of an own kernel: on the CPU in float32, on CUDA in the inputs' dtype."""
+
+    anchor: torch.Tensor
+    moving: torch.Tensor
+    padding: list[int]
+    swapped: bool
+    kernel: Sequence[int]
+    settings: ConvSettings
+
+    def run(self, out: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Write `out`, if it is wanted.
+
+        Returns:
+          The gradients of the bias (N, K), where they come out of the same pass, and the squared
+          norms (N,).
+        """
+        anchor, moving = self.anchor.contiguous(), self.moving.contiguous()
+        on_cuda = anchor.device.type == "cuda"
+        if not on_cuda:
+            anchor, moving = anchor.float(), moving.float()
+        # The kernel passes over the anchor's channels anyway; are they the output's?
+        bias = None
+        if self.swapped == self.settings.transposed:
+            bias = anchor.new_empty(anchor.shape[:2], dtype=torch.float32)
+        squares = anchor.new_empty(anchor.shape[0], dtype=torch.float64)
+        _native.conv_grad(
+            anchor,
+            moving,
+            out,
+            groups=self.settings.groups,
+            kernel=self.kernel,
+            stride=self.settings.stride,
+            padding=self.padding,
+            dilation=self.settings.dilation,
+            swapped=self.swapped,
+            anchor_sums=bias,
+            square_norms=squares,
+            allow_tf32=on_cuda and allows_tf32_convolutions(),
+        )
+        return bias, squares
+
+
+def _kernel_call(
+    x: torch.Tensor, grad_output: torch.Tensor, weight_shape: Sequence[int], settings: ConvSettings
+) -> _KernelCall | None:
+    """The call of an own kernel, where there is one for these tensors."""
+    if not _has_own_kernel(x):
+        return None
+    kernel, on_cuda = weight_shape[2:], x.device.type == "cuda"
     anchor, moving = (x, grad_output) if settings.transposed else (grad_output, x)
     padding = settings.padding
-    # The anchor's channels fill vectors. With a stride of 1 the two can change places.
+    # The anchor's channels fill vectors or rows. With a stride of 1 the two can change places.
     swapped_padding = [
         (k - 1) * d - p for k, d, p in zip(kernel, settings.dilation, padding, strict=True)
     ]
-    channels = anchor.shape[1] // settings.groups
+    channels, others = (t.shape[1] // settings.groups for t in (anchor, moving))
     swapped = (
-        channels < _native.conv_lanes()
-        and channels < moving.shape[1] // settings.groups
+        _fills_rows(channels, others, on_cuda)
         and all(step == 1 for step in settings.stride)
         and all(amount >= 0 for amount in swapped_padding)
     )
     if swapped:
         anchor, moving, padding = moving, anchor, swapped_padding
-    # The kernel passes over the anchor's channels anyway; are they the output's?
-    of_output = swapped == settings.transposed
-    bias = torch.empty(grad_output.shape[:2]) if of_output else None
-    squares = torch.empty(x.shape[0], dtype=torch.float64)
-    _native.conv_grad(
-        anchor.contiguous().float(),
-        moving.contiguous().float(),
-        out,
-        groups=settings.groups,
-        kernel=kernel,
-        stride=settings.stride,
-        padding=padding,
-        dilation=settings.dilation,
-        swapped=swapped,
-        anchor_sums=bias,
-        square_norms=squares,
-    )
-    return bias, squares
+    if on_cuda and not _is_small(anchor, moving, weight_shape, padding, settings):
+        return None
+    return _KernelCall(anchor, moving, padding, swapped, kernel, settings)
 
 
 def _by_library(
