@@ -17,6 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dpfast import NoiseSource, _native, clip_and_noise, reference
+from dpfast.ops._precision import full_float32
+from dpfast.ops.conv_grad_sample import ConvSettings, conv_grad_sample, conv_square_norms
+from dpfast.ops.ghost_norms import ghost_square_norms
 
 __all__ = ["Check", "doctor", "run_checks"]
 
@@ -101,6 +104,60 @@ def _noise_checks(device: torch.device) -> Iterator[Check]:
             yield Check(name, error <= (0.0 if exact else 1e-12), f"against CPU {error:.1e}")
 
 
+def _conv_checks(device: torch.device) -> Iterator[Check]:
+    generator = torch.Generator().manual_seed(0)
+    for transposed, shape in itertools.product((False, True), ((9, 7), (5, 4, 6))):
+        axes = len(shape)
+        conv = ConvSettings([2] * axes, [1] * axes, [1] * axes, transposed, [0] * axes, 1)
+        x = torch.randn(3, 5, *shape, generator=generator)
+        weight = torch.empty(*((5, 18) if transposed else (18, 5)), *[3] * axes)
+        grad = torch.randn(torch.convolution(x, weight, None, *conv).shape, generator=generator)
+        truth = reference.conv_weight_grad_sample(
+            x,
+            grad,
+            weight.shape,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            transposed=transposed,
+            groups=1,
+        )
+        squares = truth.square().flatten(1).sum(1)
+        on_device = x.to(device), grad.to(device)
+        name = f"conv{'_transpose' if transposed else ''}{axes}d"
+        with full_float32(device):
+            found = conv_grad_sample(*on_device, weight.shape, conv)
+        anchor, moving = on_device if transposed else on_device[::-1]
+        ghosts = ghost_square_norms(
+            anchor,
+            moving,
+            kernel=weight.shape[2:],
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+        )
+        for what, got, want, limit in (
+            ("gradients", found.weight, truth, 1e-5),
+            ("norms", conv_square_norms(*on_device, weight.shape, conv), squares, 1e-5),
+            ("ghost norms", ghosts, squares, 1e-10),
+        ):
+            error = _relative_error([got.cpu()], [want])
+            yield Check(f"{name} {what} {device.type}", error <= limit, f"error {error:.1e}")
+
+
+def _prelu_checks(device: torch.device) -> Iterator[Check]:
+    if device.type != "cpu":  # PyTorch's kernel runs there
+        return
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 2, 3, 1000, generator=generator)
+    slopes = torch.tensor([0.25, -0.5, 1.5])
+    negative = x.double() * (x <= 0)
+    got = _native.prelu_grad(x, grad, slopes)
+    want_x = torch.where(x > 0, grad.double(), grad * slopes.double()[:, None])
+    error = _relative_error(got, [want_x, (negative * grad).sum(2)])
+    yield Check("prelu cpu", error <= 1e-5, f"error {error:.1e}")
+
+
 def _rfc8439() -> Check:
     # RFC 8439, section 2.3.2.
     key = [int.from_bytes(bytes(range(i, i + 4)), "little") for i in range(0, 32, 4)]
@@ -125,7 +182,8 @@ def run_checks() -> list[Check]:
         devices.append(torch.device("cuda", torch.cuda.current_device()))
     results = [_rfc8439()]
     for device in devices:
-        results += _guarded(_clip_checks, device) + _guarded(_noise_checks, device)
+        for checks in (_clip_checks, _noise_checks, _conv_checks, _prelu_checks):
+            results += _guarded(checks, device)
     return results
 
 

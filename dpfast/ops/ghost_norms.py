@@ -113,6 +113,6 @@ def _by_library(
         terms = anchor_gram * pairs
         total = total + terms.sum(2).sum(1)
         magnitude = magnitude + terms.diagonal(dim1=1, dim2=2).sqrt().sum(1).square()
-    # However a sum over an axis is made, no term takes part in more additions than the axis is long.
+    # However an axis is summed, no term takes part in more additions than the axis is long.
     depth = sum(channels) + 8 + 2 * anchor_gram.shape[1] + math.prod(kernel)
     return total.clamp(min=0.0) + 1.01 * 2.0**-53 * depth * magnitude
