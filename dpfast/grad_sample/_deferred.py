@@ -66,12 +66,16 @@ class LayerGradient(DeferredGradient):
     @property
     def held(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What must stay in memory while the gradient is not formed."""
+        self.check()
+        return self._x, self._grad_output
+
+    def check(self) -> None:
+        """See DeferredGradient."""
         if (self._x._version, self._grad_output._version) != self._versions:
             raise RuntimeError(
                 f"per_sample_gradients: what the gradient of {self.name} is computed from has been "
                 "changed in place since the backward pass"
             )
-        return self._x, self._grad_output
 
     @property
     def held_storages(self) -> dict[int, int]:
@@ -81,7 +85,7 @@ class LayerGradient(DeferredGradient):
 
     def measure(self, *, ghost: bool) -> None:
         """Take the norms, which square_norms then returns."""
-        with _plain():
+        with _plain(), full_float32(self.device):
             self._squares = self._ghost_norms() if ghost else self._direct_norms()
 
     def square_norms(self) -> torch.Tensor:
@@ -113,9 +117,7 @@ class LayerGradient(DeferredGradient):
 
     def _weighted(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is held, by sample, the gradients weighted and dropped samples zero."""
-        x, grad_output = self._by_sample()
-        if grad_output.dtype not in (torch.float32, torch.float64):
-            x, grad_output = x.float(), grad_output.float()
+        x, grad_output = self._wide(*self._by_sample())
         column = _rounded_down(weights, grad_output.dtype)
         column = column.reshape(-1, *[1] * (grad_output.dim() - 1))
         grad_output = grad_output * column
@@ -125,6 +127,13 @@ class LayerGradient(DeferredGradient):
             grad_output = grad_output.masked_fill_(dropped, 0.0)
             x = x.masked_fill(dropped.reshape(-1, *[1] * (x.dim() - 1)), 0.0)
         return x, grad_output
+
+    @staticmethod
+    def _wide(x: torch.Tensor, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """In float32 at least: norms and sums must be of the same gradients."""
+        if grad_output.dtype in (torch.float32, torch.float64):
+            return x, grad_output
+        return x.float(), grad_output.float()
 
     @property
     @abstractmethod
@@ -232,7 +241,7 @@ class ConvGradient(LayerGradient):
         return conv_grad(x, grad_output, shape, self._settings, out, accumulate=accumulate)
 
     def _direct_norms(self) -> torch.Tensor:
-        return conv_square_norms(*self.held, self.shape[1:], self._settings)
+        return conv_square_norms(*self._wide(*self.held), self.shape[1:], self._settings)
 
     def _ghost_norms(self) -> torch.Tensor:
         x, grad_output = self.held
@@ -306,7 +315,7 @@ class LinearGradient(LayerGradient):
         return product(first, second, self.shape[1:], out, accumulate=accumulate)
 
     def _direct_norms(self) -> torch.Tensor:
-        x, grad_output = self._by_sample()
+        x, grad_output = self._wide(*self._by_sample())
         chunk = max(1, _FORMED_BYTES // max(1, 4 * self.shape[1:].numel()))
         squares = [
             (grad_output[i : i + chunk].transpose(1, 2) @ x[i : i + chunk])

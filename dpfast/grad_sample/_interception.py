@@ -41,20 +41,20 @@ class Interception(TorchFunctionMode):
     Args:
       collector: what the rules fill.
       check_loss: called with the arguments of Tensor.backward; returns the gradient to start with.
-      see_first_layer: called once, with the name of the first parameter that meets samples and with
-        their tensor.
+      see_first_layer: called once, if given, with the name of the first parameter that meets
+        samples, and with their tensor.
     """
 
     def __init__(
         self,
         collector: Collector,
         check_loss: Callable[[torch.Tensor, Any], torch.Tensor],
-        see_first_layer: Callable[[str, torch.Tensor], None],
+        see_first_layer: Callable[[str, torch.Tensor], None] | None = None,
     ) -> None:
         super().__init__()
         self._collector = collector
         self._check_loss = check_loss
-        self._see_first_layer: Callable[[str, torch.Tensor], None] | None = see_first_layer
+        self._see_first_layer = see_first_layer
         self._again = False  # whether a forward pass is run again
 
     @contextmanager
@@ -79,6 +79,11 @@ class Interception(TorchFunctionMode):
         _refuse_batch_statistics(func, args, kwargs)
         tensors = _tensors_in(args, kwargs)
         used = [t for t in map(self._collector.target_of, tensors) if t is not None]
+        if used and self._see_first_layer is not None:
+            samples = [t for t in tensors if not self._is_constant(t)]
+            if samples:
+                self._see_first_layer(used[0].name, samples[0])
+                self._see_first_layer = None
         if not used or not torch.is_grad_enabled():
             if used:
                 watch_reentrant(self._seen_again)
@@ -93,21 +98,21 @@ class Interception(TorchFunctionMode):
         if not self._again:
             watch_saved_tensor_hooks(", ".join(t.name for t in used), self._seen_again)
         collector = self._collector
-        if all(collector.target_of(t) is not None or collector.is_shared(t) for t in tensors):
+        if all(map(self._is_constant, tensors)):
             # No sample takes part: ordinary autograd follows, up to where one does.
             # Its graph is walked once more at the end, when checkpointing is over.
             with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
                 result = func(*args, **kwargs)
             return pytree.tree_map_only(torch.Tensor, lambda t: self._computed(t, used), result)
-        if self._see_first_layer is not None:
-            samples = (t for t in tensors if collector.target_of(t) is None)
-            self._see_first_layer(used[0].name, next(samples))
-            self._see_first_layer = None
         if func is F.multi_head_attention_forward:
             return self._attention(*args, **kwargs)
         if func in RULES and collector.target_of(tensors[0]) is None:
             return RULES[func](collector, *args, **kwargs)
         return self._other(func, args, kwargs, used)
+
+    def _is_constant(self, tensor: torch.Tensor) -> bool:
+        collector = self._collector
+        return collector.target_of(tensor) is not None or collector.is_shared(tensor)
 
     def _other(
         self,

@@ -1,20 +1,16 @@
-"""Measures the memory of a step's tensors, and remembers the plans made from it."""
+"""Measures the memory of a step's tensors."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpfast.grad_sample.planner import Layer, Route, Timeline, choose_routes
-
-__all__ = ["Choice", "MemoryTracker", "Profile", "profiles_of"]
+__all__ = ["MemoryTracker"]
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -60,58 +56,3 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The highest number of bytes since the last call."""
         found, self._highest = max(self._highest, self.live), self.live
         return found
-
-
-class Choice(NamedTuple):
-    """Routes by parameter, and bytes: allowed, of the ordinary step, predicted."""
-
-    routes: dict[str, Route]
-    budget: int
-    ordinary: int
-    predicted: int
-
-
-@dataclass
-class Profile:
-    """What the first step of its kind showed: its layers in order, and its memory."""
-
-    layers: tuple[Layer, ...]
-    timeline: Timeline
-    _chosen: dict[tuple[float | int, int], Choice] = field(default_factory=dict)
-
-    def choose(self, memory_budget: float | int, batch_size: int) -> Choice:
-        """Routes for a step of B samples; a budget in bytes, or as a share of the ordinary step's.
-
-        All memory but the parameters' grows with B. A share is decided once for all B.
-        """
-        if isinstance(memory_budget, float):
-            factor = 1.0
-            budget = int(memory_budget * self.timeline.ordinary)
-        else:
-            # Few different plans under a sampler whose batches vary: B rounded up by an eighth.
-            step = max(1, batch_size // 8)
-            factor = (batch_size + step - 1) // step * step / self.timeline.batch_size
-            budget = int(memory_budget / factor)
-        key = memory_budget, int(factor * self.timeline.batch_size)
-        if key not in self._chosen:
-            routes, peak = choose_routes(self.layers, self.timeline, budget)
-            by_name = {layer.name: r for layer, r in zip(self.layers, routes, strict=True)}
-            self._chosen[key] = Choice(by_name, budget, self.timeline.ordinary, peak)
-        found = self._chosen[key]
-        scale = batch_size / self.timeline.batch_size
-        return found._replace(
-            budget=int(found.budget * scale),
-            ordinary=int(found.ordinary * scale),
-            predicted=int(found.predicted * scale),
-        )
-
-
-# By model, then by what the first layer saw: the steps of a model on inputs of one shape.
-_profiles: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Profile]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def profiles_of(model: nn.Module) -> dict[Hashable, Profile]:
-    """The model's profiles, to be read and added to."""
-    return _profiles.setdefault(model, {})

@@ -39,10 +39,14 @@ class Target:
         """Whether no gradient has come yet."""
         return self.grad_sample is None and self.deferred is None
 
-    def add(self, grad_sample: torch.Tensor, square_norms: torch.Tensor | None = None) -> None:
-        """Add (B, *shape), in the tensor's own dtype."""
+    def form(self) -> None:
+        """Form what is deferred."""
         if self.deferred is not None:
             self.grad_sample, self.deferred = self.deferred.form(), None
+
+    def add(self, grad_sample: torch.Tensor, square_norms: torch.Tensor | None = None) -> None:
+        """Add (B, *shape), in the tensor's own dtype."""
+        self.form()
         grad_sample = grad_sample.to(self.tensor.dtype)
         if grad_sample.shape[1:] != self.tensor.shape:
             raise RuntimeError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -13,10 +13,10 @@ from torch import nn
 
 from dpfast import _validate
 from dpfast.errors import PrivacyError
+from dpfast.grad_sample._budget import Budget, checked_budget
 from dpfast.grad_sample._collector import Collector
 from dpfast.grad_sample._deferred import LayerGradient
 from dpfast.grad_sample._interception import Interception
-from dpfast.grad_sample._memory import Choice, MemoryTracker, Profile, profiles_of
 from dpfast.grad_sample.batchnorm import refuse_mixing_layers
 from dpfast.grad_sample.planner import Plan, Route
 from dpfast.ops.deferred import DeferredGradient, GradientStore
@@ -46,19 +46,20 @@ class PerSampleGradients(GradientStore):
         memory_budget: float | int | None = None,
         strategy: str = "auto",
     ) -> None:
-        self._budget = _checked_budget(memory_budget)
+        if memory_budget is not None:
+            checked_budget(memory_budget)
         _validate.choice(_NAME, "strategy", strategy, ("auto", *(route.value for route in Route)))
         if strategy != "auto" and memory_budget is not None:
             raise ValueError(f"{_NAME}: memory_budget needs strategy auto, got {strategy}")
-        self._model = model
-        self._profile: Profile | None = None
-        self._key: Hashable = None
         refuse_mixing_layers(model)
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not params:
             raise ValueError(f"{_NAME}: the model must have a parameter that requires grad")
         frozen = [p for p in model.parameters() if not p.requires_grad]
         self._collector = Collector(params, [*model.buffers(), *frozen])
+        self._budget: Budget | None = None
+        if memory_budget is not None:
+            self._budget = Budget(model, memory_budget, list(params), self._collector.routes)
         self._collector.routes.forced = None if strategy == "auto" else Route(strategy)
         self._grads_before = {name: _state_of(p.grad) for name, p in params.items()}
         self._mode: Interception | None = None
@@ -69,8 +70,13 @@ class PerSampleGradients(GradientStore):
         if self._entered:
             raise RuntimeError(f"{_NAME}: a context must not be entered twice")
         self._entered = True
-        self._mode = Interception(self._collector, self._check_loss, self._see_first_layer)
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        see_first_layer = None if self._budget is None else self._budget.see_first_layer
+        self._mode = Interception(self._collector, self._check_loss, see_first_layer)
+        with ExitStack() as stack:
+            if self._budget is not None:
+                stack.enter_context(self._budget)
+            stack.enter_context(self._mode)
+            self._modes = stack.pop_all()
         return self
 
     def __exit__(
@@ -79,19 +85,23 @@ class PerSampleGradients(GradientStore):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._mode is not None
-        tracker = self._collector.routes.tracker
-        if tracker is not None:
-            tracker.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         try:
+            self._modes.__exit__(kind, error, trace)
             if kind is None:
                 self._finish()
-                self._end_profile()
+                self._end_budget()
         finally:
+            if kind is not None:
+                self._result = None
             # The loss' graph outlives the step in many a loop, and knows the collector.
             self._collector.release()
             self._mode = None
+
+    def _end_budget(self) -> None:
+        if self._budget is None:
+            return
+        params = [target.tensor for target in self._collector.params]
+        self._budget.end(sum(param.numel() * param.element_size() for param in params))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         part = self._finish()[name].part
@@ -117,48 +127,19 @@ class PerSampleGradients(GradientStore):
 
     @property
     def plan(self) -> Plan:
-        """What became of each layer's gradient, once backward has run."""
+        """What became of each layer's gradient, once backward has run.
+
+        It names the batch size, which is private under Poisson sampling.
+        """
         self._finish()
         layers = tuple(self._collector.routes.layers)
         plain = Plan(layers, self._collector.batch_size)
-        choice = self._choice()
+        choice = None if self._budget is None else self._budget.choice
         if choice is None:
             return plain
         return replace(
             plain, budget=choice.budget, ordinary=choice.ordinary, predicted=choice.predicted
         )
-
-    def _see_first_layer(self, name: str, x: torch.Tensor) -> None:
-        """Before the first layer computes: find its plan, or track the step to make one."""
-        if self._budget is None:
-            return
-        key = name, tuple(x.shape[1:]), x.dtype, x.device, self._model.training
-        self._profile = profiles_of(self._model).get(key)
-        if self._profile is None:
-            self._key = key
-            self._collector.routes.tracker = MemoryTracker()
-            self._collector.routes.tracker.__enter__()  # type: ignore[no-untyped-call]
-
-    def _choice(self) -> Choice | None:
-        if self._profile is None or self._budget is None or self._collector.batch_size == 0:
-            return None
-        return self._profile.choose(self._budget, self._collector.batch_size)
-
-    def _end_profile(self) -> None:
-        """Keep what the tracked step showed; refuse a budget that nothing fits in."""
-        routes, batch_size = self._collector.routes, self._collector.batch_size
-        if routes.tracker is not None and batch_size > 0:
-            params = [target.tensor for target in self._collector.params]
-            size = sum(param.numel() * param.element_size() for param in params)
-            self._profile = routes.profile(batch_size, size)
-            profiles_of(self._model)[self._key] = self._profile
-        choice = self._choice()
-        if choice is not None and choice.predicted > choice.budget:
-            raise ValueError(
-                f"{_NAME}: memory_budget={self._budget} allows {choice.budget / 2**20:.1f} MiB for "
-                f"{batch_size} samples; the step needs {choice.predicted / 2**20:.1f} MiB at the "
-                f"least, an ordinary one {choice.ordinary / 2**20:.1f} MiB"
-            )
 
     def _check_loss(self, loss: torch.Tensor, gradient: Any) -> torch.Tensor:
         """Refuse what is not one loss per sample; return the gradient to start with."""
@@ -188,9 +169,8 @@ class PerSampleGradients(GradientStore):
 
     def _begin_backward(self, batch_size: int) -> None:
         self._collector.set_batch_size(batch_size)
-        choice = self._choice()
-        if choice is not None:
-            self._collector.routes.routes = choice.routes
+        if self._budget is not None:
+            self._budget.begin_backward(batch_size)
 
     @staticmethod
     def _unseen(name: str) -> str:
@@ -237,19 +217,6 @@ class PerSampleGradients(GradientStore):
         return result
 
 
-def _checked_budget(budget: float | int | None) -> float | int | None:
-    if budget is None:
-        return None
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        raise TypeError(
-            f"{_NAME}: memory_budget must be an int (bytes) or a float (a share of the ordinary "
-            f"step's memory), got {type(budget).__name__}"
-        )
-    if not 0 < budget < math.inf:
-        raise ValueError(f"{_NAME}: memory_budget must be finite and > 0, got {budget}")
-    return budget
-
-
 def _state_of(grad: torch.Tensor | None) -> tuple[int, int] | None:
     return None if grad is None else (id(grad), grad._version)
 
@@ -278,8 +245,9 @@ def per_sample_gradients(
         refused.
       memory_budget: for the step's own tensors (activations and gradients, at their highest): an
         int in bytes, or a float as a share of what the ordinary step takes (1.1 for a tenth more).
-        The first step on inputs of a new shape measures and runs slower; until it ends each layer
-        goes the way that holds least. None: no limit.
+        The first step of a kind (shape of the inputs, autocast, trained parameters) measures and
+        runs slower, every layer on the way that holds least, and tells whether anything fits. Where
+        a later, larger batch does not, it takes the least that it can. None: no limit.
       strategy: "auto", as above; or one way for all weights that can go it, the others being kept:
         "keep" forms all per-sample gradients, "recompute" and "ghost" as few as possible. A sum of
         gradients that were formed is taken in float64, of others in the parameter's dtype.
@@ -290,8 +258,7 @@ def per_sample_gradients(
 
     Raises:
       ValueError: nothing in the model requires grad; memory_budget and another strategy than auto;
-        or, on leaving the context, nothing fits in
-        memory_budget.
+        nothing fits in memory_budget (at the backward pass or on leaving the context).
       PrivacyError: a layer mixes the samples (on entry); the loss is not one number per sample, a
         parameter got no per-sample gradient, or one got a gradient past the interception (at the
         backward pass or on leaving the context).

@@ -12,7 +12,8 @@ Three routes for the weight of a convolution or a linear layer (DP_SPEC calls fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -136,7 +137,7 @@ def _predicted(layers: Sequence[Layer], routes: Sequence[Route], timeline: Timel
     total = most = 0
     for layer, route, peak in zip(layers, routes, timeline.peaks[1:], strict=True):
         if route is Route.KEEP:
-            total += layer.costs[route].bytes if layer.costs else 0
+            total += layer.costs[route].bytes if layer.costs else layer.bytes
         else:
             total += sum(size for key, size in layer.held.items() if key not in held)
             held.update(layer.held)
@@ -148,36 +149,79 @@ def _predicted(layers: Sequence[Layer], routes: Sequence[Route], timeline: Timel
 def choose_routes(
     layers: Sequence[Layer], timeline: Timeline, budget: int
 ) -> tuple[list[Route], int]:
-    """The fastest routes whose predicted peak stays within the budget.
+    """Routes of little work whose predicted peak stays within the budget.
 
-    Where the fastest of all do not, routes change one by one: the one that saves most bytes for
-    each operation that it adds, among the layers held at the peak.
+    From the fastest of all, routes change one by one: the one that saves most bytes at the peak for
+    each operation that it adds. Where no single change helps, it starts from the routes that hold
+    least, and from keeping all, and goes back to faster ones where they fit.
 
     Returns:
-      One route a layer, and the predicted peak. It exceeds the budget where nothing fits.
+      One route a layer, and the predicted peak. It exceeds the budget where nothing was found.
     """
-    routes = [fastest(layer.costs) if layer.costs else Route.KEEP for layer in layers]
+    routes = _lowered([_of(layer, fastest) for layer in layers], layers, timeline, budget)
+    peak = max(_predicted(layers, routes, timeline))
+    if peak <= budget:
+        return routes, peak
+    found = [(peak, math.inf, routes)]
+    for start in ([_of(layer, leanest) for layer in layers], [Route.KEEP] * len(layers)):
+        changed = _raised(start, layers, timeline, budget)
+        work = sum(x.costs[r].work for x, r in zip(layers, changed, strict=True) if x.costs)
+        peak = max(_predicted(layers, changed, timeline))
+        found.append((peak, work, changed))
+    fitting = [entry for entry in found if entry[0] <= budget]
+    peak, _, routes = min(fitting or found, key=lambda e: (e[1], e[0]) if fitting else e[:2])
+    return routes, peak
+
+
+def _of(layer: Layer, rule: Callable[[dict[Route, Cost]], Route]) -> Route:
+    return rule(layer.costs) if layer.costs else Route.KEEP
+
+
+def _changes(
+    layers: Sequence[Layer], routes: Sequence[Route]
+) -> Iterator[tuple[float, int, Route, list[Route]]]:
+    """All ways to change one route: the work that it adds, the layer, its route, all routes."""
+    for index, layer in enumerate(layers):
+        for route in layer.costs:
+            if route is not routes[index]:
+                added = layer.costs[route].work - layer.costs[routes[index]].work
+                yield added, index, route, [*routes[:index], route, *routes[index + 1 :]]
+
+
+def _lowered(
+    routes: list[Route], layers: Sequence[Layer], timeline: Timeline, budget: int
+) -> list[Route]:
+    """Change routes while that lowers the peaks and they do not fit."""
     while True:
         peaks = _predicted(layers, routes, timeline)
         worst = max(range(len(peaks)), key=peaks.__getitem__)
         if peaks[worst] <= budget:
-            return routes, peaks[worst]
-        best: tuple[float, int, Route] | None = None
-        for index, layer in enumerate(layers):
-            for route in layer.costs:
-                changed = [*routes]
-                changed[index] = route
-                after = _predicted(layers, changed, timeline)
-                saved = peaks[worst] - after[worst]
-                if saved <= 0 or max(after) > peaks[worst]:
-                    continue
-                added = layer.costs[route].work - layer.costs[routes[index]].work
-                value = saved / max(added, 1.0)
+            return routes
+        ranked = sorted(peaks, reverse=True)
+        best: tuple[float, list[Route]] | None = None
+        for added, _, _, changed in _changes(layers, routes):
+            after = _predicted(layers, changed, timeline)
+            # Compared from the highest down: each change makes progress, so that this ends.
+            if after[worst] < peaks[worst] and sorted(after, reverse=True) < ranked:
+                value = (peaks[worst] - after[worst]) / max(added, 1.0)
                 if best is None or value > best[0]:
-                    best = value, index, route
+                    best = value, changed
         if best is None:
-            return routes, peaks[worst]
-        routes[best[1]] = best[2]
+            return routes
+        routes = best[1]
+
+
+def _raised(
+    routes: list[Route], layers: Sequence[Layer], timeline: Timeline, budget: int
+) -> list[Route]:
+    """Change routes to faster ones, those that save most first, while they fit."""
+    while True:
+        for added, _, _, changed in sorted(_changes(layers, routes), key=lambda change: change[:2]):
+            if added < 0.0 and max(_predicted(layers, changed, timeline)) <= budget:
+                routes = changed
+                break
+        else:
+            return routes
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ def settle(
       are their output B times; the outputs; and the settings, norms included.
     """
     check_kernels(device)
+    for part in parts:  # before anything is written
+        if isinstance(part, DeferredGradient):
+            part.check()
     deferred = [isinstance(part, DeferredGradient) for part in parts]
     if settings["norms"] is None and (
         any(deferred) or _worth_reading_once(parts, square_norms, settings)

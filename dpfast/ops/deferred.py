@@ -24,6 +24,10 @@ class DeferredGradient(ABC):
     device: torch.device
 
     @abstractmethod
+    def check(self) -> None:
+        """Raise RuntimeError where what it is computed from has changed since."""
+
+    @abstractmethod
     def form(self) -> torch.Tensor:
         """The gradient itself (B, *param.shape)."""
 

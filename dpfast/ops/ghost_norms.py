@@ -49,8 +49,8 @@ def ghost_square_norms(
       dilation: distance between taps, per axis.
 
     Returns:
-      (N,) float64, never below the exact squared norm of the exact gradients. Memory beside them:
-      see ghost_bytes, for one sample or up to 4 MiB of them.
+      (N,) float64, never below the exact squared norm of the exact gradients; NaN for a sample with
+      NaN or Inf. Memory beside them: see ghost_bytes, for one sample or up to 4 MiB of them.
     """
     sizes = anchor.shape[2:], moving.shape[2:]
     channels = anchor.shape[1], moving.shape[1]
@@ -58,20 +58,21 @@ def ghost_square_norms(
     chunk = max(1, _CHUNK_BYTES // max(each, 1))
     norms = []
     for first in range(0, anchor.shape[0], chunk):
+        grams = _gram(anchor[first : first + chunk]), _gram(moving[first : first + chunk])
         native = anchor.device.type == "cpu" and len(kernel) <= 3
-        norms.append(
-            (_native.ghost_norm if native else _by_library)(
-                _gram(anchor[first : first + chunk]),
-                _gram(moving[first : first + chunk]),
-                channels=channels,
-                anchor_size=sizes[0],
-                moving_size=sizes[1],
-                kernel=kernel,
-                stride=stride,
-                padding=padding,
-                dilation=dilation,
-            )
+        squares = (_native.ghost_norm if native else _by_library)(
+            *grams,
+            channels=channels,
+            anchor_size=sizes[0],
+            moving_size=sizes[1],
+            kernel=kernel,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
         )
+        # An anchor value without partners is multiplied by zeros where the gradient is formed.
+        finite = grams[0].diagonal(dim1=1, dim2=2).isfinite().all(1)
+        norms.append(squares.masked_fill(~finite, math.nan))
     return torch.cat(norms) if norms else anchor.new_zeros(0, dtype=torch.float64)
 
 

@@ -1,12 +1,17 @@
 """The truth about per-sample gradients, one sample at a time, and the comparison with it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import dpfast
 from dpfast import PrivacyError
+from dpfast.grad_sample import _routes
+from dpfast.grad_sample.planner import Route
 
 # Relative to the largest true value of a parameter: rounding of sums over a sample's positions,
 # taken in another order, which a few layers of a network multiply.
@@ -111,3 +116,110 @@ def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> to
 def energy(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A loss of shape (rows,) that depends on every output, not linearly."""
     return (model(x).flatten(1) - 0.3).square().mean(1)
+
+
+# --- routes ---
+
+
+@contextmanager
+def forced(route: Route) -> Iterator[list[Route]]:
+    """Every layer that can goes this way, whatever it costs; the others keep. Yields who went."""
+    taken: list[Route] = []
+
+    def choose(costs: Mapping[Route, Any]) -> Route:
+        taken.append(route if route in costs else Route.KEEP)
+        return taken[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_routes, "fastest", choose)
+        yield taken
+
+
+def by_route(
+    route: Route, model: nn.Module, loss_of: LossOf, *batch: torch.Tensor
+) -> dpfast.PerSampleGradients:
+    """All at once, every layer forced down one route."""
+    with forced(route) as taken:
+        grads = all_at_once(model, loss_of, *batch)
+    assert route in taken, f"no layer can {route.value}"
+    assert {layer.route for layer in grads.plan.layers} <= {route, Route.KEEP}
+    return grads
+
+
+def clipped_sum(grads: Any, **settings: Any) -> Any:
+    """clip_and_noise without noise, unless the settings say otherwise."""
+    plain = {"max_grad_norm": 1.0, "noise_multiplier": 0.0, "mechanism": "none"}
+    return dpfast.clip_and_noise(grads, **{**plain, **settings})
+
+
+def norms_of(grads: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(B,) float64 over all parameters."""
+    return torch.cat([grad.detach().double().flatten(1) for grad in grads.values()], 1).norm(dim=1)
+
+
+def mixed_net(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Layers of every kind that can defer, and some that cannot; input (B, 2, 5, 5)."""
+    return randomise(
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1, bias=False),
+            nn.GroupNorm(2, 4),
+            nn.Tanh(),
+            nn.ConvTranspose2d(4, 3, 2, stride=2),
+            nn.Tanh(),
+            nn.Conv2d(3, 2, 3, stride=2, dilation=2),
+            nn.Flatten(2),
+            nn.Linear(9, 5),
+            nn.PReLU(),
+            nn.Linear(5, 3, bias=False),
+        )
+    ).to(dtype)
+
+
+def mixed_batch(batch_size: int = 6, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Images for mixed_net."""
+    return random(batch_size, 2, 5, 5, dtype=dtype)
+
+
+def sizes_of(batch_size: int) -> torch.Tensor:
+    """What scaled_energy multiplies each sample's loss by."""
+    return torch.tensor([10.0**k for k in range(-2, batch_size - 2)], dtype=torch.float64)
+
+
+def scaled_energy(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The energy of samples that weigh more from one to the next, so that norms differ widely."""
+    return energy(model, x).double() * sizes_of(len(x))
+
+
+DEFERRING = (Route.RECOMPUTE, Route.GHOST)
+# Sums over samples and positions in one order or another; the weights agree to 2^-28.
+SUM_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+def assert_same_sums(
+    found: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    tolerance: float | None = None,
+) -> None:
+    """Same names in the same order, same clipped sums."""
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        limit = SUM_TOLERANCE[value.dtype] if tolerance is None else tolerance
+        assert_close(found[name], value, name, limit)
+
+
+def check_routes(
+    model: nn.Module,
+    loss_of: LossOf,
+    *batch: torch.Tensor,
+    tolerance: float | None = None,
+    routes: Sequence[Route] = DEFERRING,
+) -> None:
+    """Both deferring routes against KEEP, clipped at the median norm."""
+    kept = by_route(Route.KEEP, model, loss_of, *batch)
+    bound = float(norms_of(kept).median())
+    expected = clipped_sum(kept, max_grad_norm=bound)
+    # A sum of zeros would prove nothing.
+    assert norms_of({name: value[None] for name, value in expected.items()}) > 0.1 * bound
+    for route in routes:
+        found = clipped_sum(by_route(route, model, loss_of, *batch), max_grad_norm=bound)
+        assert_same_sums(found, expected, tolerance)
