@@ -12,6 +12,7 @@ from dpfast.grad_sample._collector import Collector, Target
 from dpfast.grad_sample._deferred import ConvGradient
 from dpfast.grad_sample._function import RuleCall, low_precision, without_autocast
 from dpfast.grad_sample._samples import fold
+from dpfast.ops.conv_grad import conv_input_grad
 from dpfast.ops.conv_grad_sample import ConvSettings, bias_grads, conv_grad_sample
 
 __all__ = ["convolution", "transposed_convolution"]
@@ -37,9 +38,7 @@ class _Convolution(RuleCall):
         x, weight = saved
         grad_x = None
         if wanted[0]:
-            grad_x = torch.ops.aten.convolution_backward(
-                grad_output, x, weight.to(x.dtype), None, *self.settings, [True, False, False]
-            )[0]
+            grad_x = conv_input_grad(x, grad_output, weight.to(x.dtype), self.settings)
         batch_size = self.collector.batch_size
         biases = None
         if self.weight is not None and x.shape[0] == batch_size:
