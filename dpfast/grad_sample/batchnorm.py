@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -14,15 +15,21 @@ __all__ = ["refuse_mixing_layers", "replace_batchnorm"]
 _BATCHNORM = (nn.modules.batchnorm._BatchNorm,)
 _SAMPLES_SECOND = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _INSTANCENORM = (nn.modules.instancenorm._InstanceNorm,)
+_LOOKED_AT = (*_BATCHNORM, *_SAMPLES_SECOND, *_INSTANCENORM)
 
 
-def refuse_mixing_layers(model: nn.Module) -> None:
+def refuse_mixing_layers(modules: Mapping[str, nn.Module]) -> None:
     """Raise where a layer in training mode takes or keeps statistics over the batch.
+
+    Args:
+      modules: of a model, by name.
 
     Raises:
       PrivacyError: names the module and the mend.
     """
-    for name, module in model.named_modules():
+    for name, module in modules.items():
+        if not isinstance(module, _LOOKED_AT):
+            continue
         where = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, _SAMPLES_SECOND) and not module.self_attn.batch_first:
             raise PrivacyError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -51,12 +51,12 @@ class PerSampleGradients(GradientStore):
         _validate.choice(_NAME, "strategy", strategy, ("auto", *(route.value for route in Route)))
         if strategy != "auto" and memory_budget is not None:
             raise ValueError(f"{_NAME}: memory_budget needs strategy auto, got {strategy}")
-        refuse_mixing_layers(model)
-        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        modules = dict(model.named_modules())
+        refuse_mixing_layers(modules)
+        params, constants = _members(modules)
         if not params:
             raise ValueError(f"{_NAME}: the model must have a parameter that requires grad")
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        self._collector = Collector(params, [*model.buffers(), *frozen])
+        self._collector = Collector(params, constants)
         self._budget: Budget | None = None
         if memory_budget is not None:
             self._budget = Budget(model, memory_budget, list(params), self._collector.routes)
@@ -215,6 +215,29 @@ class PerSampleGradients(GradientStore):
             result[target.name] = Gradient(part, target.square_norms)
         self._result = result
         return result
+
+
+def _members(
+    modules: Mapping[str, nn.Module],
+) -> tuple[dict[str, nn.Parameter], list[torch.Tensor]]:
+    """Trainable parameters as model.named_parameters() has them; frozen ones and buffers.
+
+    In one walk: a step of a small network is short.
+    """
+    params: dict[str, nn.Parameter] = {}
+    constants: list[torch.Tensor] = []
+    seen = set()
+    for prefix, module in modules.items():
+        for name, param in module._parameters.items():
+            if param is None or id(param) in seen:
+                continue
+            seen.add(id(param))
+            if param.requires_grad:
+                params[f"{prefix}.{name}" if prefix else name] = param
+            else:
+                constants.append(param)
+        constants += [buffer for buffer in module._buffers.values() if buffer is not None]
+    return params, constants
 
 
 def _state_of(grad: torch.Tensor | None) -> tuple[int, int] | None:

@@ -81,6 +81,7 @@ class Layer:
 _KEPT, _WEIGHTED = 130.0, 100.0
 _DOUBLE = 3.0  # one operation of a float64 product
 _PAIR = 16.0  # one pair of positions under one tap
+_DEFERRED = 2e7  # 0.2 ms: the calls that a deferred gradient takes more, whatever the batch
 
 
 def weigh(gradient: LayerGradient) -> dict[Route, Cost]:
@@ -92,12 +93,12 @@ def weigh(gradient: LayerGradient) -> dict[Route, Cost]:
     summed = direct + _WEIGHTED * anchors * m
     costs = {
         Route.KEEP: Cost(batch_size * (direct + _KEPT * numel), batch_size * numel * size),
-        Route.RECOMPUTE: Cost(batch_size * (direct + summed), held),
+        Route.RECOMPUTE: Cost(_DEFERRED + batch_size * (direct + summed), held),
     }
     if gradient.can_ghost:
         pairs = _DOUBLE * 2.0 * (anchors**2 * m + movings**2 * n)
         ghost = pairs + _PAIR * anchors**2 * gradient.taps
-        costs[Route.GHOST] = Cost(batch_size * (ghost + summed), held)
+        costs[Route.GHOST] = Cost(_DEFERRED + batch_size * (ghost + summed), held)
         if ghost_bytes((m, n), (anchors, movings)) > 2 * batch_size * numel * size + (4 << 20):
             del costs[Route.GHOST]
     return costs

@@ -18,7 +18,7 @@ from dpfast import _native
 
 __all__ = ["ghost_bytes", "ghost_square_norms"]
 
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 def ghost_bytes(channels: tuple[int, int], positions: tuple[int, int]) -> int:
@@ -50,12 +50,14 @@ def ghost_square_norms(
 
     Returns:
       (N,) float64, never below the exact squared norm of the exact gradients; NaN for a sample with
-      NaN or Inf. Memory beside them: see ghost_bytes, for one sample or up to 4 MiB of them.
+      NaN or Inf. Memory beside them: see ghost_bytes, for one sample, or
+      as many as take 1 MiB or what the two tensors take.
     """
     sizes = anchor.shape[2:], moving.shape[2:]
     channels = anchor.shape[1], moving.shape[1]
     each = ghost_bytes(channels, (math.prod(sizes[0]), math.prod(sizes[1])))
-    chunk = max(1, _CHUNK_BYTES // max(each, 1))
+    size = anchor.numel() * anchor.element_size() + moving.numel() * moving.element_size()
+    chunk = max(1, max(_CHUNK_BYTES, size) // max(each, 1))
     norms = []
     for first in range(0, anchor.shape[0], chunk):
         grams = _gram(anchor[first : first + chunk]), _gram(moving[first : first + chunk])

@@ -97,6 +97,7 @@ def test_weigh_counts_memory_behind_both_ends_once():
 
 def test_weigh_finds_that_few_positions_defer_and_many_keep():
     assert fastest(weigh(gradient(8, 1, 512))) is not KEEP
+    assert fastest(weigh(gradient(8, 1, 16))) is KEEP  # not worth the calls
     assert fastest(weigh(gradient(8, 4096, 8))) is KEEP
     assert leanest(weigh(gradient(8, 1, 512))) is not KEEP
     assert leanest(weigh(gradient(8, 4096, 8))) is KEEP
@@ -108,9 +109,11 @@ def test_weigh_offers_no_ghost_norms_whose_inner_products_outgrow_the_gradients(
 
 
 def test_weigh_grows_with_the_batch():
-    small, large = weigh(gradient(2, 5, 7)), weigh(gradient(6, 5, 7))
+    small, middle, large = (weigh(gradient(size, 500, 7)) for size in (2, 4, 6))
     for route in Route:
-        assert large[route].work == pytest.approx(3 * small[route].work)
+        step = middle[route].work - small[route].work
+        assert step > 0
+        assert large[route].work - middle[route].work == pytest.approx(step)
         assert large[route].bytes == 3 * small[route].bytes
 
 
