@@ -15,6 +15,7 @@ __all__ = [
     "clip_and_noise_op",
     "native_settings",
     "rank_units",
+    "refuse_overlap",
     "rows_of",
     "run",
 ]
@@ -67,7 +68,7 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
     return False
 
 
-def _refuse_overlap(grad_samples: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> None:
+def refuse_overlap(grad_samples: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> None:
     """Memory that is written must be read or written by nobody else.
 
     For layouts that are copied; of contiguous tensors the native call checks the same itself.
@@ -176,7 +177,7 @@ def _run(
         rows = grad_samples
         if _odd(grad_samples) or _odd(out):
             pairs = list(zip(grad_samples, summed, strict=True))
-            _refuse_overlap([grad for grad, is_sum in pairs if not is_sum], out)
+            refuse_overlap([grad for grad, is_sum in pairs if not is_sum], out)
             results = [o.resolve_neg().contiguous() for o in out]
             rows = [
                 # A sum stands in its output, wherever that is finished.

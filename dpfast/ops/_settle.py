@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 from dpfast import _native
-from dpfast.ops._registration import check_kernels, native_settings, rank_units, rows_of
+from dpfast.ops._registration import (
+    check_kernels,
+    native_settings,
+    rank_units,
+    refuse_overlap,
+    rows_of,
+)
 from dpfast.ops.deferred import DeferredGradient
 
 __all__ = ["settle"]
@@ -43,6 +49,8 @@ def settle(
         if isinstance(part, DeferredGradient):
             part.check()
     deferred = [isinstance(part, DeferredGradient) for part in parts]
+    if out is not None:
+        refuse_overlap([part for part in parts if isinstance(part, torch.Tensor)], out)
     if settings["norms"] is None and (
         any(deferred) or _worth_reading_once(parts, square_norms, settings)
     ):

@@ -190,6 +190,23 @@ def scaled_energy(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return energy(model, x).double() * sizes_of(len(x))
 
 
+def step(
+    model: nn.Module, x: torch.Tensor, budget: float, loss_of: LossOf = energy
+) -> dpfast.PerSampleGradients:
+    """The gradients of one step under a memory budget."""
+    with dpfast.per_sample_gradients(model, memory_budget=budget) as grads:
+        loss_of(model, x).sum().backward()
+    return grads
+
+
+def wide_net() -> nn.Module:
+    """Weights that outweigh the activations: gradients kept cost much."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 64)
+    )
+
+
 DEFERRING = (Route.RECOMPUTE, Route.GHOST)
 # Sums over samples and positions in one order or another; the weights agree to 2^-28.
 SUM_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}

@@ -22,21 +22,9 @@ from tests.grad_sample.helpers import (
     mixed_net,
     random,
     randomise,
+    step,
+    wide_net,
 )
-
-
-def step(model, x, budget, loss_of=energy):
-    with dpfast.per_sample_gradients(model, memory_budget=budget) as grads:
-        loss_of(model, x).sum().backward()
-    return grads
-
-
-def wide_net():
-    """Weights that outweigh the activations: gradients kept cost much."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 64)
-    )
 
 
 def assert_no_modes():

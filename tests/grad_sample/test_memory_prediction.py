@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-import dpfast
 from dpfast.grad_sample._memory import MemoryTracker
 from dpfast.grad_sample.planner import Route
 from tests.grad_sample.helpers import (
@@ -14,21 +13,9 @@ from tests.grad_sample.helpers import (
     forced,
     norms_of,
     random,
+    step,
+    wide_net,
 )
-
-
-def step(model, x, budget, loss_of=energy):
-    with dpfast.per_sample_gradients(model, memory_budget=budget) as grads:
-        loss_of(model, x).sum().backward()
-    return grads
-
-
-def wide_net():
-    """Weights that outweigh the activations: gradients kept cost much."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 64)
-    )
 
 
 def unet():

@@ -63,6 +63,17 @@ def test_refused_call_writes_nothing_to_out(route, accumulate):
 
 
 @pytest.mark.parametrize("route", DEFERRING)
+def test_out_that_shares_memory_with_a_kept_gradient_is_refused_before_anything_is_written(route):
+    grads = by_route(route, mixed_net(), energy, mixed_batch())
+    kept = [name for name, part in grads.parts().items() if isinstance(part, torch.Tensor)]
+    out = {name: torch.full(grad.shape[1:], 7.0).double() for name, grad in grads.items()}
+    out[kept[-1]] = grads[kept[-1]][0]
+    with pytest.raises(ValueError, match="share memory"):
+        clipped_sum(grads, out=out)
+    assert all((value == 7.0).all() for name, value in out.items() if name != kept[-1])
+
+
+@pytest.mark.parametrize("route", DEFERRING)
 def test_output_gradient_changed_after_the_backward_pass_is_refused(route):
     model, caught = mixed_net(), []
 
