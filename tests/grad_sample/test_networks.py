@@ -6,7 +6,14 @@ from torch import nn
 
 import dpfast
 from dpfast import PrivacyError
-from tests.grad_sample.helpers import all_at_once, assert_same_gradients, one_at_a_time, random
+from dpfast.grad_sample.planner import Route
+from tests.grad_sample.helpers import (
+    all_at_once,
+    assert_close,
+    assert_same_gradients,
+    one_at_a_time,
+    random,
+)
 
 BATCH_SIZE = 3
 
@@ -126,6 +133,52 @@ def test_monai_network_equals_one_at_a_time_once_batchnorm_is_replaced(name):
     nets = monai_networks(name)
     build, shape = WITH_BATCHNORM[name]
     check_network(lambda: dpfast.replace_batchnorm(build(nets)), shape)
+
+
+@pytest.mark.slow  # 45 million parameters in float64
+def test_vnet_in_3d_equals_one_at_a_time():
+    nets = monai_networks("VNet")
+    settings = {"dropout_prob_down": 0.0, "dropout_prob_up": (0.0, 0.0)}
+    check_network(lambda: dpfast.replace_batchnorm(nets.VNet(3, 1, 2, **settings)), (1, 16, 16, 16))
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, *WITH_BATCHNORM])
+def test_every_strategy_gives_a_monai_network_the_same_clipped_sum(name):
+    nets = monai_networks(name)
+    build, shape = {**NETWORKS, **WITH_BATCHNORM}[name]
+    model, *batch = prepared(lambda: dpfast.replace_batchnorm(build(nets)), shape)
+    for param in unused_parameters(model, *batch):
+        param.requires_grad_(False)
+
+    def clipped(**settings):
+        with dpfast.per_sample_gradients(model, **settings) as grads:
+            loss_of(model, *batch).sum().backward()
+        result = dpfast.clip_and_noise(
+            grads,
+            max_grad_norm=1.0,
+            noise_multiplier=0.0,
+            mechanism="none",
+            clipping="automatic",
+        )
+        return result, {layer.route for layer in grads.plan.layers}
+
+    expected, routes = clipped(strategy="keep")
+    assert routes == {Route.KEEP}
+    size = max(float(value.abs().max()) for value in expected.values())
+    seen = set()
+    # The first step under a budget holds as little as it can, the second follows the plan.
+    for settings in (
+        {"strategy": "recompute"},
+        {"strategy": "ghost"},
+        {},
+        {"memory_budget": 2.0},
+        {"memory_budget": 2.0},
+    ):
+        found, routes = clipped(**settings)
+        seen |= routes
+        for key, value in expected.items():
+            assert_close(found[key] / size, value / size, key, 1e-9)
+    assert seen == set(Route)
 
 
 @pytest.mark.parametrize("name", WITH_BATCHNORM)
