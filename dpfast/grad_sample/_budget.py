@@ -169,9 +169,9 @@ class Budget:
         choice = profile.choose(self._memory_budget, self._batch_size)
         if refuse and may_refuse and choice.predicted > choice.budget:
             raise ValueError(
-                f"{_NAME}: memory_budget={self._memory_budget} is too small: the step needs at "
-                f"least {choice.predicted / choice.ordinary:.3f} of the ordinary step's memory, "
-                f"which is {choice.ordinary / self._batch_size / 2**20:.2f} MiB a sample"
+                f"{_NAME}: memory_budget={self._memory_budget} is too small: the least found for "
+                f"the step is {choice.predicted / choice.ordinary:.3f} of the ordinary step's "
+                f"memory, which is {choice.ordinary / self._batch_size / 2**20:.2f} MiB a sample"
             )
         return choice
 

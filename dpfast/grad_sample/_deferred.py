@@ -244,11 +244,9 @@ class ConvGradient(LayerGradient):
         return conv_square_norms(*self._wide(*self.held), self.shape[1:], self._settings)
 
     def _ghost_norms(self) -> torch.Tensor:
-        x, grad_output = self.held
-        anchor, moving = (x, grad_output) if self._settings.transposed else (grad_output, x)
+        self.check()
         return ghost_square_norms(
-            anchor,
-            moving,
+            *self._ends(),
             kernel=self.shape[3:],
             stride=self._settings.stride,
             padding=self._settings.padding,
