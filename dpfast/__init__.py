@@ -9,6 +9,7 @@ from dpfast.grad_sample import (
     replace_batchnorm,
 )
 from dpfast.ops import ClipStats, Guarantee, NoiseSource, clip_and_noise
+from dpfast.privacy import PrivacyLedger
 from dpfast.segmentation import per_sample_loss
 
 __version__ = build_info()["version"]
@@ -19,6 +20,7 @@ __all__ = [
     "NoiseSource",
     "PerSampleGradients",
     "PrivacyError",
+    "PrivacyLedger",
     "__version__",
     "clip_and_noise",
     "per_sample_gradients",

@@ -426,6 +426,13 @@ def fill_noise(
     return out
 
 
+def random_words(noise_state: torch.Tensor, count: int) -> torch.Tensor:
+    """The keystream of the CPU state's next step: (count,) int64, all 64 bits uniform."""
+    out = torch.empty(count, dtype=torch.int64)
+    _core.random_words_cpu(noise_state.data_ptr(), count, out.data_ptr())
+    return out
+
+
 def read_all(data: torch.Tensor) -> int:
     """Read a contiguous CPU tensor once with all threads; returns a checksum."""
     return _core.read_all_cpu(

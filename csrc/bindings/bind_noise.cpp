@@ -7,6 +7,7 @@
 #include "bindings/module.h"
 #include "cpu/clip_and_noise_cpu.h"
 #include "cpu/kernels.h"
+#include "cpu/noise_stream.h"
 #include "cpu/thread_pool.h"
 #if defined(DPFAST_WITH_CUDA)
 #include "cuda/clip_and_noise_cuda.h"
@@ -58,6 +59,18 @@ void bind_noise(py::module_& module) {
       },
       py::arg("key"), py::arg("step"), py::arg("tensor"), py::arg("mechanism"), py::arg("count"),
       py::arg("out"), py::arg("double_precision"), py::arg("num_threads"));
+  module.def(
+      "random_words_cpu",
+      [](std::uint64_t noise_state, std::int64_t count, std::uint64_t out) {
+        // One step's keystream: RFC 8439 counts its 64-byte blocks with 32 bits.
+        if (count < 0 || count > (std::int64_t{1} << 35)) {
+          throw std::invalid_argument("random_words: count must be in [0, 2^35]");
+        }
+        py::gil_scoped_release release;
+        const math::NoiseStream stream = cpu::take_stream(pointer<std::int64_t>(noise_state));
+        cpu::random_words(stream, count, pointer<std::uint64_t>(out));
+      },
+      py::arg("noise_state"), py::arg("count"), py::arg("out"));
   module.def(
       "read_all_cpu",
       [](std::uint64_t data, std::int64_t bytes, int num_threads) {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/noise_stream.h"
 #include "cpu/thread_pool.h"
 
 namespace dpfast::cpu {
@@ -231,13 +232,7 @@ Release prepare_release(const ClipAndNoise& call, std::int64_t bytes) {
                                                   : math::noise_scale(total, group_weight(call, g),
                                                                       call.noise_multiplier, l1));
   }
-  for (int i = 0; i < math::kChaChaKeyWords; ++i) {
-    release.stream.key[i] = static_cast<std::uint32_t>(
-        static_cast<std::uint64_t>(call.noise_state[kNoiseStateKey + i / 2]) >> (32 * (i % 2)));
-  }
-  // Atomic, so that two calls at once never share a step.
-  release.stream.step = static_cast<std::uint64_t>(
-      __atomic_fetch_add(&call.noise_state[kNoiseStateStep], std::int64_t{1}, __ATOMIC_SEQ_CST));
+  release.stream = take_stream(call.noise_state);
   return release;
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dpfast import _native
 from dpfast.errors import PrivacyError
 
 __all__ = ["NoiseSource", "default_state"]
@@ -79,6 +80,29 @@ class NoiseSource:
         if self._state.device != device:
             self._state = self._state.to(device)
         return self._state
+
+    def random_words(self, count: int) -> torch.Tensor:
+        """Uniform, independent words of 64 bits for choosing who is sampled.
+
+        One step of the key serves them, as it would a noisy call; the state moves to the CPU.
+
+        Returns:
+          int64, shape (count,): every bit is uniform, the sign included.
+        """
+        return _native.random_words(self.state_on(torch.device("cpu")), count)
+
+    def spawn(self, purpose: str) -> NoiseSource:
+        """A source with a key of its own, for another purpose than this one's.
+
+        A secure source's child takes its key from the operating system; a seeded source's child is
+        a function of the seed and the purpose, and as insecure.
+        """
+        if self._secure:
+            return NoiseSource()
+        child = NoiseSource(0)
+        key = hashlib.sha256(b"dpfast spawn " + purpose.encode() + b" " + self._key()).digest()
+        child._state = _pack(key, 0, torch.device("cpu"))
+        return child
 
     def state_dict(self) -> dict[str, Any]:
         """The state to put in a checkpoint.
