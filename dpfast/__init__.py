@@ -9,7 +9,13 @@ from dpfast.grad_sample import (
     replace_batchnorm,
 )
 from dpfast.ops import ClipStats, Guarantee, NoiseSource, clip_and_noise
-from dpfast.privacy import PrivacyLedger
+from dpfast.privacy import (
+    NoisyHistogram,
+    PercentilePaper,
+    PrivacyEngine,
+    PrivacyLedger,
+    PrivateQuantile,
+)
 from dpfast.segmentation import per_sample_loss
 
 __version__ = build_info()["version"]
@@ -18,9 +24,13 @@ __all__ = [
     "ClipStats",
     "Guarantee",
     "NoiseSource",
+    "NoisyHistogram",
     "PerSampleGradients",
+    "PercentilePaper",
+    "PrivacyEngine",
     "PrivacyError",
     "PrivacyLedger",
+    "PrivateQuantile",
     "__version__",
     "clip_and_noise",
     "per_sample_gradients",

@@ -99,10 +99,15 @@ class NoiseSource:
         """
         if self._secure:
             return NoiseSource()
-        child = NoiseSource(0)
-        key = hashlib.sha256(b"dpfast spawn " + purpose.encode() + b" " + self._key()).digest()
-        child._state = _pack(key, 0, torch.device("cpu"))
-        return child
+        label = b"dpfast spawn " + purpose.encode() + b" "
+        return NoiseSource._keyed(hashlib.sha256(label + self._key()).digest(), secure=False)
+
+    @classmethod
+    def _keyed(cls, key: bytes, *, secure: bool) -> NoiseSource:
+        """With a key that several processes of one run share."""
+        source = cls(0)
+        source._secure, source._state = secure, _pack(key, 0, torch.device("cpu"))
+        return source
 
     def state_dict(self) -> dict[str, Any]:
         """The state to put in a checkpoint.
