@@ -13,6 +13,7 @@ from dpfast.grad_sample import per_sample_gradients, refuse_coupling
 from dpfast.ops import NoiseSource, clip_and_noise
 
 __all__ = [
+    "by_name",
     "check_clipping",
     "check_module",
     "check_optimizer",
@@ -123,6 +124,20 @@ def check_probe(
             f"{_NAME}: module and criterion must take a batch of 0 samples, which Poisson sampling "
             f"may draw, got {type(error).__name__}: {error}"
         ) from error
+
+
+def by_name(params: Mapping[str, nn.Parameter], values: Any) -> Any:
+    """One value per parameter in their order, as a mapping by name; other values as they are."""
+    if isinstance(values, torch.Tensor) and values.dim() == 1:
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        return values
+    if len(values) != len(params):
+        raise ValueError(
+            f"{_NAME}: max_grad_norm and group_noise_weights must have one value for each of the "
+            f"{len(params)} trained parameters, got {len(values)}"
+        )
+    return dict(zip(params, values, strict=True))
 
 
 def check_clipping(

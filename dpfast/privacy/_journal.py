@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from dpfast.errors import PrivacyError
 __all__ = ["Journal"]
 
 _NAME = "PrivacyLedger"
-_OPEN: set[Path] = set()  # record locks hold between processes, not within one
+# Record locks hold between processes, not within one.
+_OPEN: weakref.WeakValueDictionary[Path, Journal] = weakref.WeakValueDictionary()
 
 
 class Journal:
@@ -30,7 +32,7 @@ class Journal:
         removed: whoever wrote it was still waiting for it to be on the disk.
 
     Raises:
-      PrivacyError: the file is damaged, or open in another process or journal.
+      PrivacyError: the file is damaged, or open in another process.
       OSError: it cannot be read or written.
     """
 
@@ -71,7 +73,6 @@ class Journal:
         """Let go of the file; to append is an error from now on."""
         if self._file >= 0 and os.getpid() == self._pid:
             os.close(self._file)
-            _OPEN.discard(self.path)
         self._file = -1
 
     def __del__(self) -> None:
@@ -84,9 +85,10 @@ class Journal:
 
     def _open(self, path: Path) -> None:
         if path in _OPEN:
-            raise PrivacyError(f"{_NAME}: {path} is open in this process already")
+            # Whoever opens it last writes: a notebook's cell that is run again, say.
+            _OPEN[path].close()
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        _OPEN.add(path)
+        _OPEN[path] = self
         try:
             self._take_lock()
             self._read()
@@ -124,8 +126,13 @@ class Journal:
         self._size = whole
 
     def _write(self, line: bytes) -> None:
+        if self._file < 0:
+            raise PrivacyError(
+                f"{_NAME}: {self.path} was closed, or opened again in this process; use one "
+                "PrivacyLedger for all that is released about a data set"
+            )
         # Closing any other descriptor of the file in this process gives the record lock away.
-        self._take_lock() if self._file >= 0 else self._refuse_closed()
+        self._take_lock()
         if os.fstat(self._file).st_size != self._size:
             raise PrivacyError(f"{_NAME}: {self.path} was changed by somebody else")
         line += b"\n"
@@ -134,9 +141,6 @@ class Journal:
             raise OSError(f"{_NAME}: {self.path}: only {written} of {len(line)} bytes were written")
         os.fsync(self._file)
         self._size += written
-
-    def _refuse_closed(self) -> None:
-        raise PrivacyError(f"{_NAME}: {self.path} is closed")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -61,8 +61,7 @@ class Request:
         _validate.choice(_NAME, "loss_reduction", self.loss_reduction, ("mean", "sum"))
         _validate.choice(_NAME, "mechanism", self.mechanism, ("gaussian", "laplace"))
         self._check_threshold(num_processes)
-        bound = None if isinstance(self.threshold, PercentilePaper) else self.max_grad_norm
-        _checks.check_clipping(params, bound, self.clip_settings())
+        _checks.check_clipping(params, self.bound, self.clip_settings())
         plan = self._sampling_plan()
         _checks.check_probe(self.module, self.criterion, self.probe)
         return plan
@@ -74,12 +73,21 @@ class Request:
             "stability_constant": self.stability_constant,
             "mechanism": self.mechanism,
             "norm": self.resolved_norm,
-            "group_noise_weights": self.group_noise_weights,
+            "group_noise_weights": _checks.by_name(
+                _checks.trained_parameters(self.module), self.group_noise_weights
+            ),
             "unit_reduction": self.unit_reduction,
         }
         if isinstance(self.threshold, PercentilePaper):
             settings["percentile"] = self.threshold.percentile
         return settings
+
+    @property
+    def bound(self) -> Any:
+        """`max_grad_norm` as `clip_and_noise` takes it; None where a percentile takes its place."""
+        if isinstance(self.threshold, PercentilePaper):
+            return None
+        return _checks.by_name(_checks.trained_parameters(self.module), self.max_grad_norm)
 
     @property
     def resolved_norm(self) -> str:

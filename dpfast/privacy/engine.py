@@ -22,7 +22,7 @@ from dpfast.privacy.ledger import PrivacyLedger
 from dpfast.privacy.loader import PrivateLoader
 from dpfast.privacy.sampling import SamplingPlan, UnitSampler
 from dpfast.privacy.steps import PrivateSteps, StepSettings
-from dpfast.privacy.thresholds import PercentilePaper, Threshold
+from dpfast.privacy.thresholds import Threshold
 
 __all__ = ["PrivacyEngine"]
 
@@ -322,11 +322,12 @@ class PrivacyEngine:
         if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
             raise ValueError(f"{_NAME}: state must be of format {_FORMAT}")
         own = asdict(self.ledger.mechanisms[self._mechanism])
-        if state["mechanism"] != own:
-            raise PrivacyError(
-                f"{_NAME}: the checkpoint was made with other settings: "
-                f"{_first_difference(state['mechanism'], own)}"
-            )
+        for part in ("privacy_unit", "description", "reasons", "event"):
+            if state["mechanism"].get(part) != own[part]:
+                raise PrivacyError(
+                    f"{_NAME}: the checkpoint was made with other settings: "
+                    f"{_first_difference(state['mechanism'].get(part), own[part], part)}"
+                )
         if self._group.is_first or self.ledger.path is None:
             self.ledger.load_state_dict(state["ledger"])
         self._noise.load_state_dict(state["noise"])
@@ -399,10 +400,9 @@ class PrivacyEngine:
         description = self._describe(request, plan, noise_multiplier)
         event = request.step(noise_multiplier, plan).event()
         once_per_epoch = plan.scheme != "poisson"
-        paper = isinstance(request.threshold, PercentilePaper)
         settings = StepSettings(
             clip=request.clip_settings(),
-            bound=None if paper else request.max_grad_norm,
+            bound=request.bound,
             noise_multiplier=noise_multiplier
             if statistic is None
             else statistic.gradient_noise_multiplier,
@@ -469,7 +469,7 @@ def _pure_epsilon(request: Request, noise_multiplier: float) -> dict[str, float]
     return {"pure_epsilon_of_a_step": ratio / noise_multiplier}
 
 
-def _first_difference(theirs: Any, ours: Any, path: str = "") -> str:
+def _first_difference(theirs: Any, ours: Any, path: str) -> str:
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         for key in {**theirs, **ours}:
             if theirs.get(key) != ours.get(key):

@@ -62,7 +62,8 @@ class PrivacyLedger:
 
     Each entry is on the disk before the release that it counts, so that a process killed at any
     moment has counted at least what it released. The file holds JSON lines chained by hashes: a
-    changed or missing line is an error when it is opened.
+    changed or missing line is an error when it is opened. A file has one writer: no other process
+    can open it, and within one process whoever opened it last.
 
     Args:
       path: the file, created where there is none and continued where there is one. None keeps the
@@ -243,6 +244,10 @@ class PrivacyLedger:
             result["reasons"] = reasons
             result["conditional_epsilon"] = None if math.isinf(conditional) else conditional
         return result
+
+    def close(self) -> None:
+        """Let go of the file; an entry after that is an error."""
+        self._journal.close()
 
     def state_dict(self) -> dict[str, Any]:
         """A summary for checkpoints, from which another ledger can carry the counts on."""

@@ -259,15 +259,16 @@ class HistogramStatistic(Statistic):
         """See Statistic."""
         self._move(noisy.device)
         self._running = self._memory * self._running + (1.0 - self._memory) * noisy
-        mass = self._running.clamp(min=0.0)
-        total = mass.sum()
-        below = mass.cumsum(0)
-        index = torch.searchsorted(below, self.target * total).clamp(max=self.size - 1)
+        # Made monotone as a whole: bins cut off at 0 one by one would keep their positive noise.
+        below = self._running.cumsum(0).cummax(0).values
+        wanted = self.target * below[-1]
+        index = torch.searchsorted(below, wanted).clamp(max=self.size - 1)
         # Within the bin, in the logarithm.
-        inside = (self.target * total - (below[index] - mass[index])) / mass[index]
+        start = torch.where(index > 0, below[index - 1], 0.0)
+        inside = (wanted - start) / (below[index] - start)
         edges = self._edges.log()
         found = (edges[index] + inside.clamp(0.0, 1.0) * (edges[index + 1] - edges[index])).exp()
-        known = (total > 0.0) & found.isfinite()
+        known = (below[-1] > 0.0) & found.isfinite()
         self.bound = torch.where(known, found, self.bound.to(noisy.device))
 
     def _move(self, device: torch.device) -> None:
