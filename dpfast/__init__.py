@@ -9,17 +9,20 @@ from dpfast.grad_sample import (
     replace_batchnorm,
 )
 from dpfast.ops import ClipStats, Guarantee, NoiseSource, clip_and_noise
+from dpfast.privacy import AlignmentReport, alignment
 from dpfast.segmentation import per_sample_loss
 
 __version__ = build_info()["version"]
 
 __all__ = [
+    "AlignmentReport",
     "ClipStats",
     "Guarantee",
     "NoiseSource",
     "PerSampleGradients",
     "PrivacyError",
     "__version__",
+    "alignment",
     "clip_and_noise",
     "per_sample_gradients",
     "per_sample_loss",
