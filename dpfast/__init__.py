@@ -10,17 +10,20 @@ from dpfast.grad_sample import (
 )
 from dpfast.ops import ClipStats, Guarantee, NoiseSource, clip_and_noise
 from dpfast.privacy import (
+    AlignmentReport,
     NoisyHistogram,
     PercentilePaper,
     PrivacyEngine,
     PrivacyLedger,
     PrivateQuantile,
+    alignment,
 )
 from dpfast.segmentation import per_sample_loss
 
 __version__ = build_info()["version"]
 
 __all__ = [
+    "AlignmentReport",
     "ClipStats",
     "Guarantee",
     "NoiseSource",
@@ -32,6 +35,7 @@ __all__ = [
     "PrivacyLedger",
     "PrivateQuantile",
     "__version__",
+    "alignment",
     "clip_and_noise",
     "per_sample_gradients",
     "per_sample_loss",

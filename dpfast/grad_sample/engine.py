@@ -156,6 +156,9 @@ class PerSampleGradients(GradientStore):
             return start
         # The sum of a vector is as good: the vector's length stands in the graph.
         node = loss.grad_fn
+        # A tensor subclass (MONAI's MetaTensor) puts an alias around the sum.
+        while node is not None and type(node).__name__ == "AliasBackward0":
+            node = node.next_functions[0][0]
         sizes = getattr(node, "_saved_self_sym_sizes", None)
         is_sum = loss.dim() == 0 and type(node).__name__ == "SumBackward0"
         if not is_sum or sizes is None or len(sizes) != 1:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -225,6 +226,15 @@ def test_vector_loss_and_its_sum_give_the_same_gradients():
     assert_same_gradients(grads, truth)
     with dpfast.per_sample_gradients(model) as grads:
         torch.sum(energy(model, images())).backward()
+    assert_same_gradients(grads, truth)
+
+
+@pytest.mark.parametrize("reduce", [torch.sum, lambda loss: loss.sum(), lambda loss: loss])
+def test_loss_that_is_a_tensor_subclass_is_one_per_sample(reduce):
+    model = small_net()
+    truth = one_at_a_time(model, energy, images())
+    with dpfast.per_sample_gradients(model) as grads:
+        reduce(energy(model, MetaTensor(images()))).backward()
     assert_same_gradients(grads, truth)
 
 
