@@ -52,14 +52,7 @@ def check_module(module: Any, memory_budget: float | int | None, strategy: str) 
             "gradients that are not clipped; the engine adds the clipped ones up over the "
             "processes of torch.distributed by itself"
         )
-    # The layers are looked at in training mode, whatever mode the module is in now.
-    modes = {m: m.training for m in module.modules()}
-    try:
-        module.train()
-        per_sample_gradients(module, memory_budget=memory_budget, strategy=strategy)
-    finally:
-        for each, mode in modes.items():
-            each.training = mode
+    per_sample_gradients(module, memory_budget=memory_budget, strategy=strategy)
 
 
 def check_optimizer(optimizer: Any, params: Mapping[str, nn.Parameter]) -> None:

@@ -35,7 +35,8 @@ class Group:
         """Replace tensors of one device by their sums over the processes, in place."""
         if self.size == 1:
             return
-        for dtype in {tensor.dtype for tensor in tensors.values()}:
+        # In one order in all processes: a set's would not be.
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
             parts = [tensor for tensor in tensors.values() if tensor.dtype == dtype]
             flat = torch.cat([part.reshape(-1) for part in parts])
             dist.all_reduce(flat, group=self._handle)

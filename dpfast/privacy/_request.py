@@ -224,7 +224,7 @@ class Request:
 
 def _plain(value: Any) -> Any:
     """A bound or weights as JSON."""
-    if isinstance(value, torch.Tensor):
+    if hasattr(value, "tolist"):  # a tensor, an array or one of their numbers
         return value.tolist()
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}

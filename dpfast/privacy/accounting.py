@@ -26,6 +26,7 @@ __all__ = [
     "accountant_name",
     "calibrate",
     "check_delta",
+    "check_supported",
     "epsilon",
     "event_from_json",
     "event_to_json",
@@ -172,8 +173,7 @@ def _epsilon(events: tuple[tuple[str, int], ...], delta: float, accountant: str)
     engine = _new(accountant)
     for text, count in events:
         event = event_from_json(json.loads(text))
-        if not engine.supports(event):
-            raise ValueError(f"epsilon: accountant {accountant!r} has no bound for {text}")
+        check_supported(event, accountant)
         engine.compose(event, count)
     return float(engine.get_epsilon(delta))
 
@@ -182,6 +182,12 @@ def _new(accountant: str) -> Any:
     if accountant == "pld":
         return PLDAccountant(neighboring_relation=_RELATION)
     return RdpAccountant(neighboring_relation=_RELATION)
+
+
+def check_supported(event: DpEvent, accountant: str) -> None:
+    """Refuse an event that the accountant has no bound for."""
+    if not _new(accountant).supports(event):
+        raise ValueError(f"epsilon: accountant {accountant!r} has no bound for {event}")
 
 
 def calibrate(

@@ -399,6 +399,7 @@ class PrivacyEngine:
         statistic = request.statistic(noise_multiplier, plan)
         description = self._describe(request, plan, noise_multiplier)
         event = request.step(noise_multiplier, plan).event()
+        accounting.check_supported(event, self.accountant)
         once_per_epoch = plan.scheme != "poisson"
         settings = StepSettings(
             clip=request.clip_settings(),

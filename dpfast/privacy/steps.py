@@ -87,6 +87,8 @@ class PrivateSteps:
 
     def begin_epoch(self) -> int:
         """How many steps the budget allows in this epoch."""
+        # Layers are looked at again: the module may be in another mode than at set-up.
+        per_sample_gradients(self._model, **self.settings.engine)
         self._epoch_paid = False
         if self.max_spends is None:
             return 2**62

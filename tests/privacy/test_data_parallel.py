@@ -19,18 +19,25 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, os, sys
 import torch
-import dpfast
 from tests.privacy.test_data_parallel import run
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
-run(json.loads(sys.argv[1]), sys.argv[2] + os.environ["RANK"])
+for number, settings in enumerate(json.loads(sys.argv[1])):
+    run(settings, os.path.join(sys.argv[2], f"{number}.{os.environ['RANK']}"))
 torch.distributed.destroy_process_group()
 """
+SEEDED = [
+    {"seed": 5},
+    {"seed": 5, "physical_batch_size": 2, "max_batch_size": 9},
+    {"seed": 5, "adaptive": True, "privacy_unit": "patient", "physical_batch_size": 6},
+]
+SECURE = {"noise_multiplier": 3.0, "max_grad_norm": 0.5, "loss_reduction": "sum"}
 
 
 def run(settings, path):
     """Two epochs; saves the gradients of every step and what the engine says."""
-    seed, ledger = settings.pop("seed"), settings.pop("ledger", None)
+    settings = dict(settings)
+    seed, ledger = settings.pop("seed", None), settings.pop("ledger", None)
     if settings.pop("adaptive", False):
         settings["threshold"] = dpfast.PrivateQuantile()
     if settings.get("privacy_unit") == "patient":
@@ -55,7 +62,11 @@ def run(settings, path):
     torch.save(result, path)
 
 
-def two_processes(tmp_path, settings):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What two processes saved, for each setting and rank; and the secure run's ledger."""
+    folder = tmp_path_factory.mktemp("data_parallel")
+    settings = [*SEEDED, {**SECURE, "ledger": str(folder / "ledger.jsonl")}]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,7 +74,7 @@ def two_processes(tmp_path, settings):
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-c", PROGRAM, json.dumps(settings), str(tmp_path / "rank")]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(settings), str(folder)]
     processes = [
         subprocess.Popen(
             command, env={**environment, "RANK": str(rank)}, cwd=ROOT, stderr=subprocess.PIPE,
@@ -71,24 +82,21 @@ def two_processes(tmp_path, settings):
         )
         for rank in range(2)
     ]  # fmt: skip
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
-    return [torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in range(2)]
+    saved = [
+        [torch.load(folder / f"{number}.{rank}", weights_only=True) for rank in range(2)]
+        for number in range(len(settings))
+    ]
+    return saved, folder / "ledger.jsonl"
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"physical_batch_size": 2, "max_batch_size": 9},
-        {"adaptive": True, "privacy_unit": "patient", "physical_batch_size": 6},
-    ],
-)
-def test_two_processes_take_the_steps_of_one(tmp_path, settings):
-    settings = {"seed": 5, **settings}
-    one, two = two_processes(tmp_path, settings)
-    run(dict(settings), tmp_path / "alone")
+@pytest.mark.parametrize("number", range(len(SEEDED)))
+def test_two_processes_take_the_steps_of_one(tmp_path, results, number):
+    settings = SEEDED[number]
+    run(settings, tmp_path / "alone")
     alone = torch.load(tmp_path / "alone", weights_only=True)
+    one, two = results[0][number]
     for other in (one, two):
         assert other["steps"] == alone["steps"] == 2 * (2 if "privacy_unit" in settings else 6)
         assert other["epsilon"] == alone["epsilon"]
@@ -98,22 +106,16 @@ def test_two_processes_take_the_steps_of_one(tmp_path, settings):
     assert torch.equal(one["weights"], two["weights"])
 
 
-def test_noise_of_two_secure_processes_is_that_of_one(tmp_path):
-    settings = {"seed": None, "sample_rate": 1e-9, "ledger": str(tmp_path / "ledger.jsonl")}
-    program_settings = {**settings, "noise_multiplier": 3.0, "max_grad_norm": 0.5}
-    # An epoch would have a billion steps: sample rate 1e-9 is set with the number of steps below.
-    program_settings.pop("sample_rate")
-    program_settings["clipping"] = "flat"
-    one, two = two_processes(tmp_path, {**program_settings, "loss_reduction": "sum"})
+def test_noise_of_two_secure_processes_is_that_of_one(results):
+    saved, path = results
+    one, two = saved[-1]
     assert torch.equal(one["grads"], two["grads"])
-    assert one["epsilon"] == two["epsilon"]
-    # Twelve steps of 2000 coordinates; a unit's clipped gradient adds 0.5^2 / 2000 a coordinate.
-    residual = one["grads"] - one["grads"].mean()
+    # Twelve steps of 2000 coordinates; a unit's clipped gradient adds 0.5^2 / 2000 to each.
     want = (1.5**2 + 10 * 0.25 / WIDTH) ** 0.5
-    assert float(residual.std()) == pytest.approx(want, rel=5 / (2 * 12 * WIDTH) ** 0.5)
-    ledger = dpfast.PrivacyLedger(tmp_path / "ledger.jsonl")
-    assert ledger.spending(0).steps == 12
-    assert ledger.epsilon(DELTA) == one["epsilon"]
+    assert float(one["grads"].std()) == pytest.approx(want, rel=5 / (2 * 12 * WIDTH) ** 0.5)
+    ledger = dpfast.PrivacyLedger(path)
+    assert ledger.spending(0).steps == one["steps"] == two["steps"] == 12
+    assert ledger.epsilon(DELTA) == one["epsilon"] == two["epsilon"]
 
 
 def test_model_wrapped_for_data_parallel_training_is_refused():

@@ -67,7 +67,6 @@ PROBE = (torch.randn(3, 6), torch.randn(3, 1))
     ("settings", "error", "message"),
     [
         ({"module": batchnorm()}, PrivacyError, "mixes the samples"),
-        ({"module": batchnorm().eval()}, PrivacyError, "mixes the samples"),
         ({"module": parallel()}, PrivacyError, "must not be wrapped, got DataParallel"),
         ({"module": linear().requires_grad_(False)}, ValueError, "requires grad"),
         ({"module": "net"}, TypeError, "module must be a torch.nn.Module"),
@@ -125,6 +124,24 @@ def test_bad_setting_is_an_error_before_any_data_is_read(tmp_path, settings, err
     with pytest.raises(error, match=message):
         engine.make_private(module=model, **settings)
     assert path.read_bytes() == before
+
+
+def test_accountant_without_a_bound_is_refused():
+    engine = PrivacyEngine(accountant="rdp")
+    with pytest.raises(ValueError, match="accountant 'rdp' has no bound for"):
+        make(unread(), engine=engine, mechanism="laplace")
+    assert engine.ledger.mechanisms == ()
+
+
+def test_layer_that_mixes_samples_is_refused_when_it_is_put_into_training_mode():
+    model = batchnorm().eval()
+    for param in model[1].parameters():
+        param.requires_grad_(False)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    *_, loader = make(unread(), model=model, optimizer=optimizer)
+    model.train()
+    with pytest.raises(PrivacyError, match="mixes the samples"):
+        next(iter(loader))
 
 
 def test_good_setting_reads_no_data_either():
