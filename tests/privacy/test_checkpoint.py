@@ -162,21 +162,31 @@ def child(folder):
                 os.replace(folder / "new.pt", folder / "checkpoint.pt")
             if done == STEPS:
                 break
-    (folder / "finished").touch()
 
 
-def run_child(folder, seconds):
-    """The exit status of a child killed after so long, or that ended before."""
+def run_child(folder, *, draws=None, seconds=0.0):
+    """The exit status of a child that is killed so long after so many draws of noise, or never."""
+    before = len(drawn_by(folder))
     pid = os.fork()
     if pid == 0:
+        status = 1
         with contextlib.suppress(BaseException):
             child(folder)
-        os._exit(0)
-    if seconds is not None:
+            status = 0
+        os._exit(status)
+    if draws is not None:
+        give_up = time.monotonic() + 60
+        while len(drawn_by(folder)) < before + draws and time.monotonic() < give_up:
+            time.sleep(2e-4)
         time.sleep(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def drawn_by(folder):
+    """Each use of the noise so far: a key's fingerprint and its step."""
+    notes = folder / "noise.txt"
+    return notes.read_text().splitlines() if notes.exists() else []
 
 
 def counted(folder):
@@ -185,24 +195,21 @@ def counted(folder):
 
 
 def test_killed_runs_never_count_too_little_and_never_use_noise_twice(tmp_path):
+    train(*start()[1:])  # what the first step sets up, the children inherit
     rng = random.Random(4)
-    lost = kills = 0
-    while kills < 20:
-        status = run_child(tmp_path, rng.uniform(0.02, 0.12))
-        if status == 0:
-            break
+    lost = 0
+    for _ in range(20):
+        # A step takes a millisecond or a few.
+        status = run_child(tmp_path, draws=rng.randrange(12), seconds=rng.uniform(0, 0.005))
         assert status == -signal.SIGKILL
-        kills += 1
-        notes = tmp_path / "noise.txt"
-        drawn = notes.read_text().splitlines() if notes.exists() else []
-        assert counted(tmp_path) >= len(drawn)
+        assert counted(tmp_path) >= len(drawn_by(tmp_path))
         saved = tmp_path / "checkpoint.pt"
         done = torch.load(saved, weights_only=True)["done"] if saved.exists() else 0
         lost = counted(tmp_path) - done
-    assert kills >= 10, "the run ended too soon to be killed"
-    assert run_child(tmp_path, None) == 0
-    assert (tmp_path / "finished").exists()
-    drawn = (tmp_path / "noise.txt").read_text().splitlines()
+    assert 0 < done < STEPS
+    assert lost > 0
+    assert run_child(tmp_path) == 0
+    drawn = drawn_by(tmp_path)
     assert len(set(drawn)) == len(drawn)
     # What the ledger holds beyond the uninterrupted run's steps is what was interrupted.
     total = counted(tmp_path)
