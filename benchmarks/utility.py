@@ -1,0 +1,215 @@
+"""What privacy costs in Dice: real data, several epsilons and seeds, the ledger of each run.
+
+    python -m benchmarks.utility --data DIR          # DIR/dsb2018_nuclei, DIR/msd_hippocampus
+    python -m benchmarks.utility --report            # docs/utility.md from the saved results
+
+Each run is `dpfast train` with the settings of `examples/`, another target and other initial
+weights. Its noise and its sampling come from the operating system, so that two runs of one seed
+differ too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._paths import leave_source_folder
+from benchmarks._record import RESULTS, ROOT, device_slug, environment, write_json
+
+TASKS = {"nuclei": "dsb2018_nuclei", "hippocampus": "msd_hippocampus"}
+EPSILONS = (1.0, 3.0, 8.0, None)  # None: no privacy
+SEEDS = (0, 1, 2)
+NON_PRIVATE_LEARNING_RATE = 0.01
+
+
+class _Silent:
+    """An observer of a run that prints a line when it ends an epoch by tens."""
+
+    def started(self, data: Mapping[str, Any], steps: int, total_steps: int) -> None:
+        self._total = total_steps
+
+    def stepped(self, steps: int) -> None:
+        return
+
+    def evaluated(self, metrics: Mapping[str, Any]) -> None:
+        if metrics["epoch"] % 20 == 0:
+            print(f"  step {metrics['step']}/{self._total}: {metrics['validation_dice']:.3f}")
+
+
+def settings_text(
+    task: str, data: Path, epsilon: float | None, seed: int, folder: Path, epochs: int | None
+) -> str:
+    """The example's settings with another target, other initial weights and another folder."""
+    text = (ROOT / "examples" / f"{task}.toml").read_text()
+    text = _set(text, "path", json.dumps(str(data / TASKS[task])))
+    text = _set(text, "folder", json.dumps(str(folder)))
+    text = text.replace("[model]\n", f"[model]\nweights_seed = {seed}\n")
+    if epochs is not None:
+        text = _set(text, "epochs", str(epochs))
+    if epsilon is not None:
+        return _set(text, "target_epsilon", str(epsilon))
+    text = _set(text, "learning_rate", str(NON_PRIVATE_LEARNING_RATE))
+    kept = [
+        line
+        for line in text[text.index("[privacy]") : text.index("[output]")].splitlines()
+        if line.startswith(("expected_batch_size", "physical_batch_size"))
+    ]
+    table = "\n".join(["[privacy]", "private = false", *kept, "", ""])
+    return text[: text.index("[privacy]")] + table + text[text.index("[output]") :]
+
+
+def _set(text: str, name: str, value: str) -> str:
+    changed, count = re.subn(rf"(?m)^{name} = .*$", lambda _: f"{name} = {value}", text)
+    if count != 1:
+        raise ValueError(f"utility: the settings must have one {name}, got {count}")
+    return changed
+
+
+def one_run(
+    task: str, data: Path, epsilon: float | None, seed: int, work: Path, epochs: int | None
+) -> dict[str, Any]:
+    """Train; return Dice and what the ledger says."""
+    from dpfast.privacy.ledger import PrivacyLedger
+    from dpfast.segmentation.training import train
+
+    name = f"{task}-{epsilon or 'inf'}-{seed}"
+    file, folder = work / f"{name}.toml", work / name
+    file.write_text(settings_text(task, data, epsilon, seed, folder, epochs))
+    print(name, flush=True)
+    report = train(file, _Silent())
+    result = {
+        "task": task,
+        "target_epsilon": epsilon,
+        "seed": seed,
+        "validation_dice": report["results"]["validation_dice"],
+        "steps": report["results"]["steps"],
+        "training": report["data"]["training"],
+        "validation": report["data"]["validation"],
+        "ledger": None,
+    }
+    if epsilon is not None:
+        ledger = PrivacyLedger(folder / "ledger.jsonl")
+        plan = ledger.plans[0]
+        spent = ledger.report(plan["target_delta"])
+        (mechanism,) = spent.pop("mechanisms")
+        result["ledger"] = {
+            **spent,
+            "lines": sum(1 for _ in (folder / "ledger.jsonl").open()),
+            "releases": mechanism["steps"],
+            "noise_multiplier": plan["noise_multiplier"],
+            "sample_rate": mechanism["description"]["sample_rate"],
+            "num_units": mechanism["description"]["num_units"],
+        }
+        ledger.close()
+    print(f"  Dice {result['validation_dice']:.3f}", flush=True)
+    return result
+
+
+def render(results: Sequence[Mapping[str, Any]]) -> str:
+    """docs/utility.md."""
+    lines = [_PREAMBLE]
+    for result in results:
+        machine, commit = result["machine"], result["commit"]
+        lines.append(
+            f"{machine['device']}; {result['date'][:10]}; commit {(commit['hash'] or '?')[:12]}"
+            f"{', with local changes' if commit['dirty'] else ''}; PyTorch "
+            f"{result['versions']['torch']}, MONAI {result['versions']['monai']}.\n"
+        )
+        for task in TASKS:
+            lines += _table([run for run in result["runs"] if run["task"] == task], task)
+    return "\n".join(lines)
+
+
+def _table(runs: Sequence[Mapping[str, Any]], task: str) -> list[str]:
+    if not runs:
+        return []
+    first = next((run for run in runs if run["ledger"]), None)
+    unit = first["ledger"]["privacy_unit"] if first else "none"
+    held, used = runs[0]["validation"]["records"], runs[0]["training"]["records"]
+    lines = [
+        f"## {task}: {used} training and {held} validation records, unit: one {unit}\n",
+        "| ε (target) | Dice, mean of seeds | lowest to highest | ε by the ledger | δ | releases | "
+        "noise multiplier | sample rate |",
+        "|" + " --- |" * 8,
+    ]
+    for epsilon in EPSILONS:
+        chosen = [run for run in runs if run["target_epsilon"] == epsilon]
+        if not chosen:
+            continue
+        dice = [run["validation_dice"] for run in chosen]
+        ledgers = [run["ledger"] for run in chosen if run["ledger"]]
+        cells = ["∞" if epsilon is None else f"{epsilon:g}", f"{statistics.mean(dice):.3f}"]
+        cells.append(f"{min(dice):.3f} to {max(dice):.3f} ({len(dice)} seeds)")
+        if ledgers:
+            spent = ", ".join(f"{each['epsilon']:.4f}" for each in ledgers)
+            same = ledgers[0]
+            cells += [
+                spent,
+                f"{same['delta']:g}",
+                ", ".join(str(each["releases"]) for each in ledgers),
+                f"{same['noise_multiplier']:.4f}",
+                f"{same['sample_rate']:.4f}",
+            ]
+        else:
+            cells += ["∞: not private", "", "", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+_PREAMBLE = """\
+# Dice at several epsilons
+
+Generated by `python -m benchmarks.utility` from `benchmarks/results/`. Do not edit.
+
+Mean foreground Dice on held-out patients of a small U-Net (`examples/nuclei.toml`,
+`examples/hippocampus.toml`), three sets of initial weights, one run each. Adding or removing one unit
+is what epsilon is about; it covers the training records, not the validation ones, and each run by
+itself. The settings were not tuned for these data. ∞ is the same network trained without clipping,
+noise or ledger.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.utility", description=__doc__)
+    parser.add_argument("--data", type=Path, help="folder of the public data sets")
+    parser.add_argument("--task", choices=tuple(TASKS), action="append", help="default: all")
+    parser.add_argument("--epochs", type=int, help="other than the settings say, to try it out")
+    parser.add_argument("--report", action="store_true", help="write docs/utility.md alone")
+    arguments = parser.parse_args(argv)
+    if not arguments.report:
+        if arguments.data is None:
+            parser.error("--data must be given")
+        device = torch.device("cpu")
+        about = environment(device, None)
+        path = RESULTS / device_slug(device) / "utility.json"
+        runs: list[dict[str, Any]] = []
+        with tempfile.TemporaryDirectory() as work:
+            for seed in SEEDS:
+                for task in arguments.task or TASKS:
+                    for epsilon in EPSILONS:
+                        runs.append(
+                            one_run(
+                                task, arguments.data, epsilon, seed, Path(work), arguments.epochs
+                            )
+                        )
+                        if arguments.epochs is None:
+                            write_json(path, {**about, "runs": runs})
+    saved = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*/utility.json"))]
+    if arguments.epochs is None:
+        (ROOT / "docs" / "utility.md").write_text(render(saved))
+    return 0
+
+
+if __name__ == "__main__":
+    leave_source_folder()
+    sys.exit(main())
