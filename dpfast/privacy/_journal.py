@@ -24,24 +24,30 @@ class Journal:
 
     Args:
       path: the file, created where there is none; None keeps the records in memory alone.
+      read_only: read an existing file, which another process may be writing, and leave it as it
+        is.
 
     Attributes:
-      records: those that the file held when it was opened. A last line cut short by a crash is
-        removed: whoever wrote it was still waiting for it to be on the disk.
+      records: those that the file held when it was opened. A last line cut short by a crash, or not
+        yet whole, does not count and is removed unless read_only: whoever wrote it was still
+        waiting for it to be on the disk.
 
     Raises:
-      PrivacyError: the file is damaged, or open in another process or journal.
+      PrivacyError: the file is damaged, or open in this process; unless read_only, in another one.
       OSError: it cannot be read or written.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
         self.path = None if path is None else path.resolve()
+        self._read_only = read_only
         self.records: list[dict[str, Any]] = []
         self._hashes: list[str] = []
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._file = -1
-        if self.path is not None:
+        if self.path is not None and read_only:
+            self._look(self.path)
+        elif self.path is not None:
             self._open(self.path)
 
     def __len__(self) -> int:
@@ -55,7 +61,7 @@ class Journal:
         """Write a record; when this returns it is on the disk.
 
         Raises:
-          PrivacyError: in a forked process, or the file was changed by somebody else.
+          PrivacyError: in a forked process, the file was changed by somebody else, or read_only.
           OSError: it could not be written; nothing is appended after that.
         """
         with self._lock:
@@ -82,9 +88,13 @@ class Journal:
         before = self._hashes[-1] if self._hashes else ""
         return hashlib.sha256(f"{before}\n{body}".encode()).hexdigest()[:32]
 
+    def _look(self, path: Path) -> None:
+        # Closing a second descriptor of an open ledger would give its record lock away.
+        self._refuse_open(path)
+        self._replay(path.read_bytes())
+
     def _open(self, path: Path) -> None:
-        if path in _OPEN:
-            raise PrivacyError(f"{_NAME}: {path} is open in this process already")
+        self._refuse_open(path)
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         _OPEN.add(path)
         try:
@@ -101,9 +111,20 @@ class Journal:
         except OSError as error:
             raise PrivacyError(f"{_NAME}: {self.path} is in use by another process") from error
 
+    def _refuse_open(self, path: Path) -> None:
+        if path in _OPEN:
+            raise PrivacyError(f"{_NAME}: {path} is open in this process already")
+
     def _read(self) -> None:
         with open(self._file, "rb", closefd=False) as file:
             data = file.read()
+        self._size = self._replay(data)
+        if self._size < len(data):
+            os.ftruncate(self._file, self._size)
+            os.fsync(self._file)
+
+    def _replay(self, data: bytes) -> int:
+        """Take the records over; returns how many bytes are whole lines."""
         whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:whole].splitlines(), start=1):
             try:
@@ -118,10 +139,7 @@ class Journal:
                 )
             self.records.append(record)
             self._hashes.append(digest)
-        if whole < len(data):
-            os.ftruncate(self._file, whole)
-            os.fsync(self._file)
-        self._size = whole
+        return whole
 
     def _write(self, line: bytes) -> None:
         # Closing any other descriptor of the file in this process gives the record lock away.
@@ -136,7 +154,8 @@ class Journal:
         self._size += written
 
     def _refuse_closed(self) -> None:
-        raise PrivacyError(f"{_NAME}: {self.path} is closed")
+        state = "open for reading only" if self._read_only else "closed"
+        raise PrivacyError(f"{_NAME}: {self.path} is {state}")
 
 
 def _sync_folder(folder: Path) -> None:
