@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from dpfast.cli.budget import budget
 from dpfast.cli.doctor import doctor
 
 __all__ = ["main"]
@@ -13,12 +14,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
+app.command()(budget)
 app.command()(doctor)
-
-
-@app.callback()
-def _root() -> None:
-    """Keep `dpfast doctor` a subcommand while it is the only one."""
 
 
 def main() -> None:

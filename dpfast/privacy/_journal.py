@@ -26,24 +26,30 @@ class Journal:
 
     Args:
       path: the file, created where there is none; None keeps the records in memory alone.
+      read_only: read an existing file, which another process may be writing, and leave it as it
+        is.
 
     Attributes:
-      records: those that the file held when it was opened. A last line cut short by a crash is
-        removed: whoever wrote it was still waiting for it to be on the disk.
+      records: those that the file held when it was opened. A last line cut short by a crash, or not
+        yet whole, does not count and is removed unless read_only: whoever wrote it was still
+        waiting for it to be on the disk.
 
     Raises:
-      PrivacyError: the file is damaged, or open in another process.
+      PrivacyError: the file is damaged; unless read_only, open in another process.
       OSError: it cannot be read or written.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
         self.path = None if path is None else path.resolve()
+        self._read_only = read_only
         self.records: list[dict[str, Any]] = []
         self._hashes: list[str] = []
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._file = -1
-        if self.path is not None:
+        if self.path is not None and read_only:
+            self._replay(self.path.read_bytes())
+        elif self.path is not None:
             self._open(self.path)
 
     def __len__(self) -> int:
@@ -57,7 +63,7 @@ class Journal:
         """Write a record; when this returns it is on the disk.
 
         Raises:
-          PrivacyError: in a forked process, or the file was changed by somebody else.
+          PrivacyError: in a forked process, the file was changed by somebody else, or read_only.
           OSError: it could not be written; nothing is appended after that.
         """
         with self._lock:
@@ -106,6 +112,13 @@ class Journal:
     def _read(self) -> None:
         with open(self._file, "rb", closefd=False) as file:
             data = file.read()
+        self._size = self._replay(data)
+        if self._size < len(data):
+            os.ftruncate(self._file, self._size)
+            os.fsync(self._file)
+
+    def _replay(self, data: bytes) -> int:
+        """Take the records over; returns how many bytes are whole lines."""
         whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:whole].splitlines(), start=1):
             try:
@@ -120,12 +133,11 @@ class Journal:
                 )
             self.records.append(record)
             self._hashes.append(digest)
-        if whole < len(data):
-            os.ftruncate(self._file, whole)
-            os.fsync(self._file)
-        self._size = whole
+        return whole
 
     def _write(self, line: bytes) -> None:
+        if self._read_only:
+            raise PrivacyError(f"{_NAME}: {self.path} is open for reading only")
         if self._file < 0:
             raise PrivacyError(
                 f"{_NAME}: {self.path} was closed, or opened again in this process; use one "

@@ -78,17 +78,8 @@ class PrivacyLedger:
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"{_NAME}: path must be a path or None, got {type(path).__name__}")
-        self._mechanisms: list[Mechanism] = []
-        self._spendings: list[Spending] = []
-        self._plans: list[dict[str, Any]] = []
-        self._voids: list[str] = []
-        self._carried: dict[str, int] = {}
-        self._header: dict[str, Any] = {}
-        self._journal = Journal(None if path is None else Path(path))
-        records, self._journal.records = self._journal.records, []
-        for record in records:
-            self._apply(record)
-        if not records:
+        self._replay(Journal(None if path is None else Path(path)))
+        if not self._header:
             self._append(
                 {
                     "type": "header",
@@ -100,6 +91,37 @@ class PrivacyLedger:
                     "adjacency": accounting.ADJACENCY,
                 }
             )
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> PrivacyLedger:
+        """What a ledger's file holds now, even while another process writes it.
+
+        The file is neither locked nor changed, and what comes back takes no new entries. A last
+        line that is not whole is not counted: its writer has not released anything for it yet.
+
+        Raises:
+          TypeError: path is not a path. PrivacyError: the file is damaged, of another format or
+            empty. OSError: it cannot be read.
+        """
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"{_NAME}: path must be a path, got {type(path).__name__}")
+        ledger = cls.__new__(cls)
+        ledger._replay(Journal(Path(path), read_only=True))
+        if not ledger._header:
+            raise PrivacyError(f"{_NAME}: {ledger.path} must begin with its header, it is empty")
+        return ledger
+
+    def _replay(self, journal: Journal) -> None:
+        self._mechanisms: list[Mechanism] = []
+        self._spendings: list[Spending] = []
+        self._plans: list[dict[str, Any]] = []
+        self._voids: list[str] = []
+        self._carried: dict[str, int] = {}
+        self._header: dict[str, Any] = {}
+        self._journal = journal
+        records, journal.records = journal.records, []
+        for record in records:
+            self._apply(record)
 
     @property
     def path(self) -> Path | None:

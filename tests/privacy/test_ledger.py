@@ -222,6 +222,90 @@ def test_errors_before_anything_is_written(tmp_path):
     assert ledger.epsilon(DELTA) == 0.0
 
 
+# --- reading only ---
+
+
+def test_reading_leaves_file_and_lock_alone(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    data = written(path)
+    path.chmod(0o400)
+    ledger = PrivacyLedger.read(str(path))
+    assert ledger.epsilon(DELTA) == epsilon([(STEP, 3)], DELTA)
+    assert ledger.report(DELTA)["privacy_unit"] == "patient"
+    assert ledger.path == path
+    path.chmod(0o600)
+    assert PrivacyLedger(path).spending(0).steps == 3  # nobody holds a lock
+    assert path.read_bytes() == data
+
+
+def test_line_that_is_not_whole_is_not_read_and_stays(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    cut = written(path)[:-5]
+    path.write_bytes(cut)
+    assert PrivacyLedger.read(path).spending(0).steps == 2
+    assert path.read_bytes() == cut
+
+
+def test_ledger_is_read_while_another_process_writes_it(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    code = f"""
+import dp_accounting, dpfast
+ledger = dpfast.PrivacyLedger({str(path)!r})
+step = ledger.register(dp_accounting.GaussianDpEvent(2.0), privacy_unit="sample", description={{}})
+while input():
+    ledger.record(step)
+    print("recorded", flush=True)
+"""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1) as writer:
+        for count in range(1, 4):
+            writer.stdin.write("go\n")
+            assert writer.stdout.readline() == "recorded\n"
+            assert PrivacyLedger.read(path).spending(0).steps == count
+            with pytest.raises(PrivacyError, match="in use by another process"):
+                PrivacyLedger(path)
+        writer.stdin.write("\n")
+        assert writer.wait(60) == 0
+
+
+def test_ledger_that_is_read_takes_no_entries(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    data = written(path)
+    ledger = PrivacyLedger.read(path)
+    for append in (
+        lambda: ledger.record(0),
+        lambda: training(ledger, STATISTICS),
+        lambda: ledger.plan({"target_epsilon": 3.0}),
+        lambda: ledger.mark_non_private("non_dp_diagnostics"),
+    ):
+        with pytest.raises(PrivacyError, match="is open for reading only"):
+            append()
+    assert ledger.spent() == [(STEP, 3)]
+    assert path.read_bytes() == data
+
+
+def test_only_a_whole_ledger_is_read(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    with pytest.raises(FileNotFoundError):
+        PrivacyLedger.read(path)
+    assert not path.exists()
+    path.touch()
+    with pytest.raises(PrivacyError, match="must begin with its header, it is empty"):
+        PrivacyLedger.read(path)
+    path.unlink()
+    data = written(path)
+    path.write_bytes(data.replace(b"1.3", b"9.9"))
+    with pytest.raises(PrivacyError, match="PrivacyLedger: line 2"):
+        PrivacyLedger.read(path)
+    path.write_bytes(data)
+    ledger = PrivacyLedger(path)
+    assert PrivacyLedger.read(path).spent() == ledger.spent()
+    ledger.record(0)  # reading took nothing from the writer
+    with pytest.raises(TypeError, match="path must be a path, got NoneType"):
+        PrivacyLedger.read(None)
+
+
 # --- checkpoints ---
 
 
