@@ -118,15 +118,23 @@ def make_dataset(
       cache: read everything now and keep it in memory, or each record whenever it is asked for.
 
     Raises:
-      ValueError: a record cannot be read or does not fit the task (at once with cache, later
-        without, where MONAI wraps the error). ImportError: MONAI, nibabel or Pillow is missing.
+      ValueError: a record cannot be read or does not fit the task; without cache, only when it is
+        asked for. ImportError: MONAI, nibabel or Pillow is missing.
     """
     with needs_extra("make_dataset"):
         from monai.data.dataset import CacheDataset
         from monai.data.dataset import Dataset as PlainDataset
     transform = task.transform()
     if not cache:
-        plain: Dataset[dict[str, Any]] = PlainDataset(list(records), transform)
+
+        class Uncached(PlainDataset):
+            def _transform(self, index: int) -> Any:
+                try:
+                    return super()._transform(index)
+                except RuntimeError as error:
+                    raise _first_cause(error) from error
+
+        plain: Dataset[dict[str, Any]] = Uncached(list(records), transform)
         return plain
     try:
         # Entries are not changed by whoever gets them, so copies would only cost time.

@@ -146,7 +146,7 @@ def test_damaged_picture_is_named(tmp_path, cut):
         make_dataset(image_records(tmp_path), IMAGES)
     lazy = make_dataset(image_records(tmp_path), IMAGES, cache=False)
     assert lazy[0]["name"] == "0"
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"^SegmentationTask: image must be a readable file, got"):
         lazy[4]
 
 
