@@ -6,6 +6,7 @@ import typer
 
 from dpfast.cli.budget import budget
 from dpfast.cli.doctor import doctor
+from dpfast.cli.train import train
 
 __all__ = ["main"]
 
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 app.command()(budget)
 app.command()(doctor)
+app.command()(train)
 
 
 def main() -> None:

@@ -1,5 +1,31 @@
 """Segmentation under differential privacy."""
 
 from dpfast.segmentation.losses import PerSampleLoss, per_sample_loss
+from dpfast.segmentation.metrics import mean_foreground_dice, validation_dice
+from dpfast.segmentation.phantoms import phantom_records, phantom_task
+from dpfast.segmentation.records import (
+    DatasetDescription,
+    Record,
+    image_records,
+    nifti_records,
+    read_dataset_json,
+    split_by_patient,
+)
+from dpfast.segmentation.task import SegmentationTask, make_dataset
 
-__all__ = ["PerSampleLoss", "per_sample_loss"]
+__all__ = [
+    "DatasetDescription",
+    "PerSampleLoss",
+    "Record",
+    "SegmentationTask",
+    "image_records",
+    "make_dataset",
+    "mean_foreground_dice",
+    "nifti_records",
+    "per_sample_loss",
+    "phantom_records",
+    "phantom_task",
+    "read_dataset_json",
+    "split_by_patient",
+    "validation_dice",
+]

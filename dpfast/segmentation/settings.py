@@ -1,0 +1,284 @@
+"""The settings of `dpfast train`: one TOML file, every name and type checked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from dpfast.privacy import NoisyHistogram, PercentilePaper, PrivateQuantile
+from dpfast.privacy.thresholds import Threshold
+from dpfast.segmentation._extras import needs_extra
+
+with needs_extra("dpfast train"):
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+__all__ = [
+    "DataSettings",
+    "ImageData",
+    "ModelSettings",
+    "NiftiData",
+    "OutputSettings",
+    "PhantomData",
+    "PrivacySettings",
+    "Settings",
+    "TrainingSettings",
+    "load_settings",
+]
+
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Percentile = Annotated[float, Field(gt=0.0, lt=100.0)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class PhantomData(_Table):
+    """Images that are drawn; see `phantom_records`."""
+
+    kind: Literal["phantoms"]
+    patients: Count = 800
+    spatial_dims: Literal[2, 3] = 2
+    slices_per_patient: Count = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    validation_fraction: Fraction = 0.2
+
+
+class ImageData(_Table):
+    """A folder of pictures and masks; see `image_records` and `SegmentationTask`."""
+
+    kind: Literal["images"]
+    path: str
+    patient_column: str | None = None
+    image_size: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    labels: Literal["foreground", "classes"] = "foreground"
+    num_classes: Annotated[int, Field(ge=2)] = 2
+    fit: Literal["resize", "crop_or_pad"] = "resize"
+    dark_background: bool = False
+    cache: bool = True
+    validation_fraction: Fraction = 0.2
+
+
+class NiftiData(_Table):
+    """A folder of NIfTI volumes; classes and channels are those of its dataset.json, if any."""
+
+    kind: Literal["nifti"]
+    path: str
+    patient_column: str | None = None
+    image_size: Annotated[list[Count], Field(min_length=3, max_length=3)]
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    in_channels: Count | None = None
+    fit: Literal["resize", "crop_or_pad"] = "crop_or_pad"
+    dark_background: bool = False
+    cache: bool = True
+    validation_fraction: Fraction = 0.2
+
+
+DataSettings = PhantomData | ImageData | NiftiData
+
+
+class ModelSettings(_Table):
+    """A network; see `build_model`."""
+
+    name: Literal["unet", "dynunet", "segresnet"] = "unet"
+    arguments: dict[str, Any] = {}
+    weights_seed: Annotated[int, Field(ge=0)] = 0
+
+
+class TrainingSettings(_Table):
+    """How the weights are trained.
+
+    Attributes:
+      averaging: decay of the running average of the weights, which is what is evaluated and kept;
+        0 keeps the last weights. It is post-processing and costs no privacy.
+      device: "auto" is CUDA where there is a device.
+    """
+
+    epochs: Count
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: Positive
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    averaging: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingSettings:
+        if self.optimizer != "sgd" and "momentum" in self.model_fields_set:
+            raise ValueError(f"momentum has no effect with optimizer {self.optimizer!r}")
+        return self
+
+
+class FixedThreshold(_Table):
+    """The threshold is max_grad_norm throughout."""
+
+    kind: Literal["fixed"]
+
+    def build(self) -> Threshold | None:
+        """What PrivacyEngine takes."""
+        return None
+
+
+class PrivateQuantileThreshold(_Table):
+    """See `dpfast.PrivateQuantile`."""
+
+    kind: Literal["private_quantile"]
+    target_percentile: Percentile = 50.0
+    learning_rate: Positive = 0.2
+    count_noise: Positive | None = None
+    lower: Positive | None = None
+    upper: Positive | None = None
+
+    def build(self) -> Threshold | None:
+        """What PrivacyEngine takes."""
+        return PrivateQuantile(**self.model_dump(exclude={"kind"}))
+
+
+class HistogramThreshold(_Table):
+    """See `dpfast.NoisyHistogram`."""
+
+    kind: Literal["histogram"]
+    target_percentile: Percentile = 50.0
+    num_bins: Annotated[int, Field(ge=2)] = 40
+    bin_noise: Positive | None = None
+    memory: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    lower: Positive | None = None
+    upper: Positive | None = None
+
+    def build(self) -> Threshold | None:
+        """What PrivacyEngine takes."""
+        return NoisyHistogram(**self.model_dump(exclude={"kind"}))
+
+
+class PercentilePaperThreshold(_Table):
+    """See `dpfast.PercentilePaper`: no guarantee, epsilon is infinite."""
+
+    kind: Literal["percentile_paper"]
+    percentile: Annotated[float, Field(ge=0.0, le=100.0)] = 50.0
+
+    def build(self) -> Threshold | None:
+        """What PrivacyEngine takes."""
+        return PercentilePaper(self.percentile)
+
+
+ThresholdSettings = (
+    FixedThreshold | PrivateQuantileThreshold | HistogramThreshold | PercentilePaperThreshold
+)
+# Without privacy only these mean anything.
+_OF_EVERY_RUN = {"private", "expected_batch_size", "physical_batch_size"}
+
+
+class PrivacySettings(_Table):
+    """What is promised and by which mechanism; see `PrivacyEngine.make_private`.
+
+    Attributes:
+      private: False trains without any protection, for comparison.
+      target_epsilon: of the whole run; the noise follows. Or `noise_multiplier`, and epsilon
+        follows.
+      target_delta: at which epsilon is stated, below 1 over the number of units.
+      expected_batch_size: units in a step, on average.
+      physical_batch_size: images processed at once; None: all of a step.
+    """
+
+    private: bool = True
+    target_epsilon: Positive | None = None
+    target_delta: Fraction | None = None
+    noise_multiplier: Positive | None = None
+    max_grad_norm: Positive | None = None
+    clipping: Literal["flat", "automatic", "auto_v", "normalized", "psac"] = "flat"
+    mechanism: Literal["gaussian", "laplace"] = "gaussian"
+    threshold: Annotated[ThresholdSettings, Field(discriminator="kind")] = FixedThreshold(
+        kind="fixed"
+    )
+    privacy_unit: Literal["sample", "patient"] = "sample"
+    max_samples_per_unit: Count | None = None
+    expected_batch_size: Count
+    physical_batch_size: Count | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> PrivacySettings:
+        if not self.private:
+            idle = sorted(self.model_fields_set - _OF_EVERY_RUN)
+            if idle:
+                raise ValueError(f"{', '.join(idle)} must not be given with private = false")
+            return self
+        if self.target_delta is None:
+            raise ValueError("target_delta must be given, below 1 over the number of units")
+        if (self.target_epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("one of target_epsilon and noise_multiplier must be given")
+        paper = isinstance(self.threshold, PercentilePaperThreshold)
+        if paper and self.max_grad_norm is not None:
+            raise ValueError("max_grad_norm has no effect with threshold percentile_paper")
+        if not paper and self.max_grad_norm is None:
+            raise ValueError("max_grad_norm must be given")
+        if self.privacy_unit == "sample" and self.max_samples_per_unit is not None:
+            raise ValueError("max_samples_per_unit has no effect with privacy_unit 'sample'")
+        return self
+
+
+class OutputSettings(_Table):
+    """The run folder."""
+
+    folder: str
+
+
+class Settings(_Table):
+    """All tables of the file. Paths start at the folder in which the command is run."""
+
+    data: Annotated[DataSettings, Field(discriminator="kind")]
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings
+    privacy: PrivacySettings
+    output: OutputSettings
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        nameless = isinstance(self.data, ImageData) and self.data.patient_column is None
+        if nameless and self.privacy.privacy_unit == "patient":
+            raise ValueError("privacy_unit 'patient' needs data.patient_column, of index.csv")
+        return self
+
+
+def load_settings(path: Path) -> Settings:
+    """Read a settings file.
+
+    Raises:
+      ValueError: it cannot be read, is no TOML, or has an unknown, missing or wrong setting; the
+        message names each. ImportError: pydantic is not installed.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: settings must be a readable file, got {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: settings must be TOML, got {error}") from error
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        lines = [_line(each["loc"], each) for each in error.errors(include_url=False)]
+        raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from None
+
+
+# A union's choice stands in pydantic's location like a table.
+_KINDS = {
+    *("phantoms", "images", "nifti"),
+    *("fixed", "private_quantile", "histogram", "percentile_paper"),
+}
+
+
+def _line(location: tuple[int | str, ...], error: Any) -> str:
+    path = ".".join(str(part) for part in location if part not in _KINDS) or "the file"
+    if error["type"] == "extra_forbidden":
+        return f"{path}: there is no such setting"
+    if error["type"] == "missing":
+        return f"{path}: must be given"
+    message = error["msg"].removeprefix("Value error, ")
+    received = "" if isinstance(error["input"], (dict, BaseModel)) else f", got {error['input']!r}"
+    return f"{path}: {message}{received}"
