@@ -12,11 +12,11 @@ from dp_accounting import DpEvent
 
 from dpfast import _validate
 from dpfast.privacy.accounting import SAMPLINGS, TrainingStep
+from dpfast.privacy.units import PRIVACY_UNITS
 
 __all__ = ["LEAST_NOISE", "PrivateRun", "check_count"]
 
 _NAME = "budget"
-_PRIVACY_UNITS = ("sample", "patient")
 # Below this there is no guarantee to speak of, and a privacy loss distribution fills the memory.
 LEAST_NOISE = 0.1
 # One unit moves a count of (0 or 1) - 1/2 by 1/2, and a histogram by 1.
@@ -66,7 +66,7 @@ class PrivateRun:
     dimension: int | None = None
 
     def __post_init__(self) -> None:
-        _validate.choice(_NAME, "privacy_unit", self.privacy_unit, _PRIVACY_UNITS)
+        _validate.choice(_NAME, "privacy_unit", self.privacy_unit, PRIVACY_UNITS)
         _validate.choice(_NAME, "mechanism", self.mechanism, ("gaussian", "laplace"))
         _validate.choice(_NAME, "norm", self.resolved_norm, ("l1", "l2"))
         _validate.choice(_NAME, "sampling", self.sampling, SAMPLINGS)

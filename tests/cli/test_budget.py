@@ -7,9 +7,10 @@ import dp_accounting as dp
 import pytest
 from typer.testing import CliRunner
 
-from dpfast import PrivacyLedger
+from dpfast import PrivacyEngine, PrivacyLedger
 from dpfast.cli.app import app
 from dpfast.privacy.accounting import TrainingStep, epsilon
+from tests.privacy.helpers import loader_of, make, train, vectors
 
 GIVEN = ["--num-units", "1000", "--expected-batch-size", "50", "--epochs", "5"]
 RUN = [*GIVEN, "--noise-multiplier", "1.5", "--accountant", "rdp"]
@@ -67,14 +68,14 @@ def row(text, name):
 
 def test_noise_is_found_from_three_numbers_and_a_target():
     text = shown("--num-units", "60", "--expected-batch-size", "6", "--epochs", "2",
-                 "--target-epsilon", "0.4")  # fmt: skip
+                 "--target-epsilon", "0.1")  # fmt: skip
 
     def spent(noise):
         return epsilon([(TrainingStep(noise, 0.1, 60).event(), 20)], 1 / 600)
 
     noise = float(row(text, "noise multiplier").split(",")[0])
-    assert spent(noise) <= 0.4 < spent(noise - 2e-4)
-    assert row(text, "epsilon").endswith("(target 0.4)")
+    assert spent(noise) <= 0.1 < spent(noise - 2e-4)
+    assert row(text, "epsilon").endswith("(target 0.1)")
     assert row(text, "accountant").startswith("PLD, dp-accounting ")
     assert "1 / (10 x 60 units), as none was given" in row(text, "delta")
     for share, steps in (("25 %", 5), ("50 %", 10), ("75 %", 15), ("100 %", 20)):
@@ -132,7 +133,7 @@ def test_options_of_noise_and_sampler_are_shown():
     assert "no amplification is counted" in row(text, "sampler")
 
     small = ("--num-units", "200", "--expected-batch-size", "20", "--steps", "2")
-    text = shown(*small, "--noise-multiplier", "2", "--max-batch-size", "40")
+    text = shown(*small, "--noise-multiplier", "9", "--max-batch-size", "40")
     assert row(text, "max batch size") == "40; units beyond it are dropped"
 
 
@@ -141,10 +142,11 @@ def test_json_is_the_report():
     assert report["epsilon"] == rdp([(STEP, 100)])
     assert report["privacy_unit"] == "sample"
     assert report["adjacency"] == "add_or_remove_one"
-    found = as_json(*GIVEN, "--accountant", "rdp", "--target-epsilon", "2")
+    target = ("--target-epsilon", "9", "--sampling", "shuffled_unamplified")  # quick to account
+    found = as_json(*GIVEN, "--accountant", "rdp", *target)
     assert found["solved_for"] == "noise_multiplier"
-    assert found["epsilon"] <= 2.0 == found["target_epsilon"]
-    found = as_json(*RUN[:4], *RUN[6:], "--target-epsilon", "2")
+    assert found["epsilon"] <= 9.0 == found["target_epsilon"]
+    found = as_json(*RUN[:4], *RUN[6:], *target)
     assert found["solved_for"] == "steps"
     by_rate = as_json("--sample-rate", "0.05", "--steps", "100", *RUN[6:], "--delta", "1e-4")
     assert by_rate["epsilon"] == report["epsilon"]
@@ -168,6 +170,18 @@ def test_ledger_shows_what_was_spent(ledger, tmp_path):
     assert (tmp_path / "ledger.jsonl").read_bytes() == before
 
 
+def test_ledger_of_a_training_is_shown(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    data = loader_of(vectors(40), batch_size=8)
+    engine, model, optimizer, loader = make(data, PrivacyEngine(ledger=path))
+    train(model, optimizer, loader)
+    text = shown("--ledger", str(path), "--accountant", "rdp")
+    assert row(text, "training step") == "poisson"
+    assert "PoissonSampled(0.2, Gaussian(1))" in text
+    assert "1 / (10 x 40 units)" in row(text, "delta")
+    assert engine.steps == 5
+
+
 def test_ledger_and_a_further_run(ledger):
     more = ("--expected-batch-size", "50", "--epochs", "3", "--accountant", "rdp")
     report = as_json("--ledger", ledger, *more, "--noise-multiplier", "1.5")
@@ -175,10 +189,11 @@ def test_ledger_and_a_further_run(ledger):
     assert report["ledger"]["epsilon"] == rdp([(STEP, 40)])
     assert report["privacy_unit"] == "patient"
     assert report["num_units"] == 1000
-    text = shown("--ledger", ledger, *more, "--target-epsilon", "4")
+    target = ("--target-epsilon", "9", "--sampling", "shuffled_unamplified")
+    text = shown("--ledger", ledger, *more, *target)
     assert "in the ledger" in text
     assert " with the ledger's " in text
-    assert "(target 4)" in text
+    assert "(target 9)" in text
 
 
 def test_ledger_without_guarantee_says_so(tmp_path):
