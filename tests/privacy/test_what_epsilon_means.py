@@ -61,7 +61,6 @@ def of_patient(slices, interval):
 # What the page says, with {} for a number, and how it is computed.
 STATED = [
     ("Its epsilon is {}:", spent),
-    ("| 0 | {} % |", lambda: guessed_right(0.0)),
     ("| 1 | {} % |", lambda: guessed_right(1.0)),
     ("| 1.83 | {} % |", lambda: guessed_right(spent())),
     ("| 8 | {} % |", lambda: guessed_right(8.0)),
@@ -73,7 +72,7 @@ STATED = [
     ("bring the example from {} to", spent),
     ("to {} (10: to", lambda: released(5.0)),
     ("(10: to {})", lambda: released(10.0)),
-    ("every epoch: {} for the ten epochs",
+    ("release for each: {} for the ten epochs",
      lambda: spent(step=TrainingStep(NOISE, RATE, 10_000, sampling="shuffled_unamplified").event(),
                    steps=10)),
     ("then has a pure epsilon of {},", pure),
@@ -107,9 +106,8 @@ def test_page_states_what_is_computed(snippet, compute):
 
 def test_page_states_its_settings():
     assert [float(find(snippet)[1]) for snippet in SETTINGS] == [RATE, RATE, 1e-3, 1.83]
-    assert (
-        "`" not in find("--num-units {} --sample-rate 0.01 --steps {} \\ --noise-multiplier {}")[0]
-    )
+    command = find("--num-units {} --sample-rate 0.01 --steps {} \\ --noise-multiplier {} --delta")
+    assert [float(number) for number in command.groups()] == [10_000, STEPS, NOISE]
 
 
 def test_slices_of_a_patient_cost_what_the_page_says_about():
