@@ -48,7 +48,7 @@ class Journal:
         self._pid = os.getpid()
         self._file = -1
         if self.path is not None and read_only:
-            self._replay(self.path.read_bytes())
+            self._look(self.path)
         elif self.path is not None:
             self._open(self.path)
 
@@ -88,6 +88,14 @@ class Journal:
     def _digest(self, body: str) -> str:
         before = self._hashes[-1] if self._hashes else ""
         return hashlib.sha256(f"{before}\n{body}".encode()).hexdigest()[:32]
+
+    def _look(self, path: Path) -> None:
+        writer = _OPEN.get(path)
+        if writer is None or writer._file < 0:
+            self._replay(path.read_bytes())
+        else:  # to close a second descriptor of the file would give the writer's lock away
+            size = os.fstat(writer._file).st_size
+            self._replay(os.pread(writer._file, size, 0))
 
     def _open(self, path: Path) -> None:
         if path in _OPEN:

@@ -94,7 +94,7 @@ class PrivacyLedger:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> PrivacyLedger:
-        """What a ledger's file holds now, even while another process writes it.
+        """What a ledger's file holds now, even while it is being written.
 
         The file is neither locked nor changed, and what comes back takes no new entries. A last
         line that is not whole is not counted: its writer has not released anything for it yet.

@@ -1,5 +1,6 @@
 """PrivacyLedger: append-only, durable, replayed to the same epsilon."""
 
+import fcntl
 import json
 import math
 import os
@@ -267,6 +268,25 @@ while input():
                 PrivacyLedger(path)
         writer.stdin.write("\n")
         assert writer.wait(60) == 0
+
+
+def test_reading_in_the_same_process_leaves_the_lock_with_the_writer(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    written(path)
+    ledger = PrivacyLedger(path)
+    ledger.record(0)
+    assert PrivacyLedger.read(path).spending(0).steps == 4
+    child = os.fork()
+    if child == 0:
+        with open(path, "ab") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    ledger.close()
+    assert PrivacyLedger.read(path).spending(0).steps == 4
 
 
 def test_ledger_that_is_read_takes_no_entries(tmp_path):
