@@ -1,100 +1,77 @@
-"""The example as a user runs it: results, files and errors."""
+"""The example as a user runs it: results, guarantee and errors."""
 
-import json
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
-import torch
-from train_unet import main, write_atomically
+from train_unet import main, parse_arguments, run
+
+from tests.segmentation.folders import make_image_folder, make_volume_folder
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_unet.py"
 
 
-def run_example(*arguments):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "120"},
-    )
-
-
-def test_phantom_run_learns_privately_within_its_epsilon(tmp_path):
-    weights = tmp_path / "model.pt"
-    run = run_example(
-        *("--phantoms", 320, "--epochs", 6, "--expected-batch-size", 48),
-        *("--seed", 1, "--output", weights),
-    )
-    assert run.returncode == 0, run.stderr
-    for word in ("all background", "untrained", "private", "non-private", "NOT PRIVATE"):
-        assert word in run.stdout
-    summary = json.loads(weights.with_suffix(".json").read_text())
-    dice = {name: row["dice"] for name, row in summary["results"].items()}
-    assert dice["all background"] == 0.0
-    assert dice["private"] > max(0.6, dice["untrained"] + 0.2)
+def test_phantom_run_learns_privately_within_its_epsilon():
+    options = ["--phantoms", "200", "--epochs", "9", "--batch-size", "48"]
+    rows, report = run(parse_arguments(options))
+    dice = {model: value for model, value, _, _ in rows}
+    assert list(dice) == ["untrained", "private", "non-private"]
+    assert dice["private"] > max(0.7, dice["untrained"] + 0.2)
     assert dice["non-private"] > max(0.7, dice["untrained"] + 0.2)
-    privacy = summary["privacy"]
-    assert 7.9 < privacy["epsilon_if_not_seeded"] <= 8.0
-    assert privacy["epsilon"] is None
-    assert privacy["guarantee"].startswith("none")
-    assert "seed" not in summary["settings"]
-    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "model.json"}
-    assert all(value.isfinite().all() for value in torch.load(weights).values())
+    epsilon = {model: value for model, _, value, _ in rows}
+    assert epsilon["untrained"] == 0.0
+    assert 7.9 < epsilon["private"] <= 8.0
+    assert epsilon["private"] == report["epsilon"]
+    assert epsilon["non-private"] == "infinite"
+    assert report["guarantee"] == "(epsilon, delta)"
+    assert report["steps"] == report["max_steps"]
 
 
-def test_unseeded_volume_run_reports_a_guarantee(tmp_path):
-    weights = tmp_path / "model.pt"
-    run = run_example(
-        *("--dims", 3, "--phantoms", 30, "--epochs", 2, "--expected-batch-size", 6),
-        *("--target-epsilon", 2, "--skip-non-private", "--output", weights),
-    )
-    assert run.returncode == 0, run.stderr
-    assert "NOT PRIVATE" not in run.stdout
-    assert "privacy unit: one image" in run.stdout
-    assert "neighbouring relation: add or remove one" in run.stdout
-    summary = json.loads(weights.with_suffix(".json").read_text())
-    assert 1.9 < summary["privacy"]["epsilon"] <= 2.0
-    assert summary["privacy"]["epsilon"] == summary["results"]["private"]["epsilon"]
-    assert "non-private" not in summary["results"]
+def test_volume_run_as_a_script_shows_the_comparison_and_the_guarantee(monkeypatch, capsys):
+    options = ("--dims", 3, "--phantoms", 30, "--epochs", 2, "--batch-size", 6)
+    options += ("--target-epsilon", 0.3)
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), *map(str, options)])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for word in ("untrained", "private", "non-private", "infinite"):
+        assert word in shown
+    assert "guarantee: (epsilon, delta)" in shown
+    assert "protects: One entry of the data set is protected" in shown
+    assert "adjacency: add_or_remove_one" in shown
+    assert "not covered: the validation records and the non-private run" in shown
+    assert "loss" not in shown
 
 
-def test_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path):
-    path = tmp_path / "model.pt"
-    write_atomically(path, lambda file: file.write(b"old"))
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+@pytest.mark.parametrize("dims", [2, 3])
+def test_folders_are_trained_on(tmp_path, dims):
+    make = make_image_folder if dims == 2 else make_volume_folder
+    folder = make(tmp_path, 24)
+    options = ["--data", folder, "--dims", dims, "--epochs", 1, "--batch-size", 8]
+    options += ["--target-epsilon", 0.2, "--target-delta", 1e-4]
+    rows, report = run(parse_arguments([str(each) for each in options]))
+    assert len(rows) == 3
+    assert 0.19 < report["epsilon"] <= 0.2
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target-delta", "0.5"], "--target-delta must be < 1/n = 1/"),
-        (["--target-delta", "0"], "--target-delta must be in (0, 1), got 0.0"),
-        (["--target-epsilon", "-1"], "--target-epsilon must be finite and > 0, got -1.0"),
-        (["--target-epsilon", "nan"], "--target-epsilon must be finite and > 0, got nan"),
-        (["--max-grad-norm", "inf"], "--max-grad-norm must be finite and > 0, got inf"),
-        (["--expected-batch-size", "40"], "--expected-batch-size must be < n = "),
-        (["--physical-batch-size", "0"], "--physical-batch-size must be >= 1, got 0"),
-        (["--phantoms", "1"], "a training and a validation record are needed at least"),
-        (["--data", "no/such/folder"], "--data must be a folder, got no/such/folder"),
-        (["--output", "no/such/folder/m.pt"], "--output must be in an existing folder"),
-        (["--output", "model.json"], "--output must be FILE.pt, got model.json"),
-        (["--seed", "-1"], "--seed must be in [0, 2**63)"),
+        (["--target-delta", "0.5"], "target_delta must be < 1 / "),
+        (["--target-delta", "0"], "target_delta must be finite, > 0"),
+        (["--target-epsilon", "-1"], "target_epsilon must be finite, > 0"),
+        (["--target-epsilon", "nan"], "target_epsilon must be finite, > 0"),
+        (["--batch-size", "41"], "batch_size, the expected number of units in a step, must be <="),
+        (["--batch-size", "0"], "batch_size should be a positive integer"),
+        (["--epochs", "0"], "epochs must be >= 1, got 0"),
+        (["--phantoms", "1"], "a patient for training and one for validation"),
+        (["--data", "no/such/folder"], "path must be a folder, got no/such/folder"),
     ],
 )
 def test_bad_option_is_named_with_its_rule(arguments, message, capsys):
-    assert main(["--phantoms", "40", *arguments]) == 2
+    assert main(["--phantoms", "40", "--batch-size", "8", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("train_unet: ")
     assert message in printed.err
@@ -102,14 +79,12 @@ def test_bad_option_is_named_with_its_rule(arguments, message, capsys):
 
 
 def test_data_folder_of_the_other_dimension_is_refused(tmp_path, capsys):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "one.png").touch()
-    assert main(["--data", str(tmp_path), "--dims", "3"]) == 2
-    assert "--data must hold images/*.nii.gz with --dims 3" in capsys.readouterr().err
+    assert main(["--data", str(make_image_folder(tmp_path)), "--dims", "3"]) == 2
+    assert "must end in .nii.gz, .nii, got 0.png" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--clipping", "none"], ["--target-eps", "1"]])
-def test_misspelt_or_unsafe_privacy_setting_fails(arguments, capsys):
+@pytest.mark.parametrize("arguments", [["--target-eps", "1"], ["--target-epsilonn", "1"]])
+def test_misspelt_privacy_setting_fails(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
