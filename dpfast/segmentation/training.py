@@ -191,7 +191,7 @@ def _resume(
     average.load_state_dict(state["average"])
     run.load_state_dict(state["run"])
     torch.set_rng_state(state["rng"].cpu())
-    if "cuda_rng" in state:
+    if "cuda_rng" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda_rng"].cpu())
     metrics: list[dict[str, Any]] = state["metrics"]
     folder.write_metrics(metrics)
