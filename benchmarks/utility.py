@@ -11,6 +11,7 @@ differ too.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -78,9 +79,9 @@ def one_run(
     task: str, data: Path, epsilon: float | None, seed: int, work: Path, epochs: int | None
 ) -> dict[str, Any]:
     """Train; return Dice and what the ledger says."""
-    from dpfast.segmentation.training import train
-
     from dpfast.privacy.ledger import PrivacyLedger
+    from dpfast.segmentation.settings import load_settings
+    from dpfast.segmentation.training import train
 
     name = f"{task}-{epsilon or 'inf'}-{seed}"
     file, folder = work / f"{name}.toml", work / name
@@ -93,8 +94,10 @@ def one_run(
         "seed": seed,
         "validation_dice": report["results"]["validation_dice"],
         "steps": report["results"]["steps"],
-        "training": report["data"]["training"],
-        "validation": report["data"]["validation"],
+        "epochs": load_settings(file).training.epochs,
+        "unit": report["data"]["unit"],
+        "training_units": report["data"]["training_units"],
+        "validation_units": report["data"]["validation_units"],
         "ledger": None,
     }
     if epsilon is not None:
@@ -132,11 +135,10 @@ def render(results: Sequence[Mapping[str, Any]]) -> str:
 def _table(runs: Sequence[Mapping[str, Any]], task: str) -> list[str]:
     if not runs:
         return []
-    first = next((run for run in runs if run["ledger"]), None)
-    unit = first["ledger"]["privacy_unit"] if first else "none"
-    held, used = runs[0]["validation"]["records"], runs[0]["training"]["records"]
+    first = next((run for run in runs if run["ledger"]), runs[0])
     lines = [
-        f"## {task}: {used} training and {held} validation records, unit: one {unit}\n",
+        f"## {task}: {first['training_units']} units for training, {first['validation_units']} for "
+        f"validation; the unit is one {first['unit']}; {first['epochs']} epochs\n",
         "| ε (target) | Dice, mean of seeds | lowest to highest | ε by the ledger | δ | releases | "
         "noise multiplier | sample rate |",
         "|" + " --- |" * 8,
@@ -183,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.utility", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of the public data sets")
     parser.add_argument("--task", choices=tuple(TASKS), action="append", help="default: all")
-    parser.add_argument("--epochs", type=int, help="other than the settings say, to try it out")
+    parser.add_argument("--epochs", type=int, help="other than the settings say")
     parser.add_argument("--report", action="store_true", help="write docs/utility.md alone")
     arguments = parser.parse_args(argv)
     if not arguments.report:
@@ -191,22 +193,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("--data must be given")
         device = torch.device("cpu")
         about = environment(device, None)
-        path = RESULTS / device_slug(device) / "utility.json"
-        runs: list[dict[str, Any]] = []
-        with tempfile.TemporaryDirectory() as work:
-            for seed in SEEDS:
-                for task in arguments.task or TASKS:
-                    for epsilon in EPSILONS:
-                        runs.append(
-                            one_run(
-                                task, arguments.data, epsilon, seed, Path(work), arguments.epochs
-                            )
-                        )
-                        if arguments.epochs is None:
-                            write_json(path, {**about, "runs": runs})
-    saved = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*/utility.json"))]
-    if arguments.epochs is None:
-        (ROOT / "docs" / "utility.md").write_text(render(saved))
+        folder = RESULTS / device_slug(device)
+        for task in arguments.task or TASKS:
+            runs: list[dict[str, Any]] = []
+            with tempfile.TemporaryDirectory() as work:
+                for seed, epsilon in itertools.product(SEEDS, EPSILONS):
+                    runs.append(
+                        one_run(task, arguments.data, epsilon, seed, Path(work), arguments.epochs)
+                    )
+                    write_json(folder / f"utility-{task}.json", {**about, "runs": runs})
+    saved = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*/utility-*.json"))]
+    (ROOT / "docs" / "utility.md").write_text(render(saved))
     return 0
 
 
