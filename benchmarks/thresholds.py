@@ -1,7 +1,7 @@
 """Where private thresholds go: a known distribution of norms, and a real run; a plot of both.
 
-    python -m benchmarks.thresholds --data DIR/dsb2018_nuclei
-    python -m benchmarks.thresholds --report           # docs/figures/thresholds.png from the JSON
+    python -m benchmarks thresholds --data DIR/dsb2018_nuclei
+    python -m benchmarks thresholds --report           # docs/figures/thresholds.png from the JSON
 
 The plot shows the true percentile of each batch's norms beside the private threshold: that line is
 not private, and is drawn of public data only.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import torch
 from torch.utils.data import DataLoader
 
 import dpfast
-from benchmarks._paths import leave_source_folder
 from benchmarks._record import RESULTS, ROOT, device_slug, environment, write_json
 from dpfast.privacy.thresholds import Statistic, make_statistic
 
@@ -147,7 +145,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.thresholds")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks thresholds")
     parser.add_argument("--data", type=Path, help="folder of pictures and masks")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--report", action="store_true", help="draw the saved results alone")
@@ -175,8 +173,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{run['share']['gradient_noise_multiplier']:.4f} of 1"
         )
     return 0
-
-
-if __name__ == "__main__":
-    leave_source_folder()
-    sys.exit(main())
