@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dpfast.cli import _budget_view as view
 from dpfast.privacy import PrivacyLedger
-from dpfast.privacy.budget import Budget, PrivateRun, choose_delta, known_units, solve
+from dpfast.privacy.budget import Budget, PlannedRun, choose_delta, known_units, solve
 
 __all__ = ["budget"]
 
@@ -186,7 +186,7 @@ def _show_ledger(ledger: PrivacyLedger, options: dict[str, Any]) -> None:
 def _solve(options: dict[str, Any], ledger: PrivacyLedger | None) -> Budget:
     weights, units = options["group_noise_weights"], options["num_units"]
     unit = None if ledger is None else ledger.privacy_unit
-    run = PrivateRun(
+    run = PlannedRun(
         **{
             name: options[name]
             for name in (

@@ -12,10 +12,10 @@ from dp_accounting import DpEvent
 from dpfast import _validate
 from dpfast.errors import PrivacyError
 from dpfast.privacy import accounting
-from dpfast.privacy._private_run import LEAST_NOISE, PrivateRun, check_count
+from dpfast.privacy._planned_run import LEAST_NOISE, PlannedRun, check_count
 from dpfast.privacy.ledger import PrivacyLedger
 
-__all__ = ["Budget", "PrivateRun", "choose_delta", "known_units", "solve"]
+__all__ = ["Budget", "PlannedRun", "choose_delta", "known_units", "solve"]
 
 _NAME = "budget"
 _LARGEST_EPSILON = 100.0  # beyond it a guarantee says nothing
@@ -40,7 +40,7 @@ class Budget:
       ledger: what was released before; its cost is part of every epsilon here.
     """
 
-    run: PrivateRun
+    run: PlannedRun
     solved_for: str
     target_epsilon: float | None
     delta: float
@@ -120,7 +120,7 @@ class Budget:
 
 
 def solve(
-    run: PrivateRun,
+    run: PlannedRun,
     *,
     target_epsilon: float | None = None,
     delta: float | None = None,
@@ -226,7 +226,7 @@ class _Search:
     delta: float
     accountant: str
 
-    def solve(self, run: PrivateRun, solved_for: str) -> PrivateRun:
+    def solve(self, run: PlannedRun, solved_for: str) -> PlannedRun:
         cost = accounting.epsilon(self.before, self.delta, accountant=self.accountant)
         if cost >= self.target:
             raise ValueError(
@@ -237,7 +237,7 @@ class _Search:
             return self._noise(run)
         return self._steps(run) if solved_for == "steps" else self._batch_size(run)
 
-    def _noise(self, run: PrivateRun) -> PrivateRun:
+    def _noise(self, run: PlannedRun) -> PlannedRun:
         spends = run.spends(run.num_steps)
         found = accounting.calibrate(
             lambda noise: [*self.before, (run.event(noise), spends)],
@@ -247,7 +247,7 @@ class _Search:
         )
         return replace(run, noise_multiplier=max(math.ceil(found * 1e4) / 1e4, LEAST_NOISE))
 
-    def _steps(self, run: PrivateRun) -> PrivateRun:
+    def _steps(self, run: PlannedRun) -> PlannedRun:
         event, poisson = run.event(), run.sampling == "poisson"
         found = accounting.max_count(
             lambda count: [*self.before, (event, count)],
@@ -264,7 +264,7 @@ class _Search:
             )
         return replace(run, steps=found) if poisson else replace(run, epochs=found)
 
-    def _batch_size(self, run: PrivateRun) -> PrivateRun:
+    def _batch_size(self, run: PlannedRun) -> PlannedRun:
         if run.sampling != "poisson":
             raise ValueError(
                 f"{_NAME}: expected_batch_size must be given with sampling {run.sampling!r}: "
@@ -290,7 +290,7 @@ class _Search:
         return replace(run, expected_batch_size=found)
 
 
-def _before(run: PrivateRun, ledger: PrivacyLedger | None) -> list[tuple[DpEvent, int]]:
+def _before(run: PlannedRun, ledger: PrivacyLedger | None) -> list[tuple[DpEvent, int]]:
     """What counts beside the training."""
     return [*([] if ledger is None else ledger.spent()), *run.releases()]
 

@@ -62,8 +62,9 @@ class PrivacyLedger:
 
     Each entry is on the disk before the release that it counts, so that a process killed at any
     moment has counted at least what it released. The file holds JSON lines chained by hashes: a
-    changed or missing line is an error when it is opened. A file has one writer: no other process
-    can open it, and within one process whoever opened it last.
+    changed line, or one missing in the middle, is an error when it is opened; lines missing at the
+    end are one when a checkpoint that counts them is loaded. A file has one writer: no other
+    process can open it, and within one process whoever opened it last.
 
     Args:
       path: the file, created where there is none and continued where there is one. None keeps the

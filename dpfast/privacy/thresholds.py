@@ -17,6 +17,8 @@ __all__ = [
     "PrivateQuantile",
     "Statistic",
     "Threshold",
+    "left_for_gradient",
+    "make_statistic",
 ]
 
 _NAME = "PrivacyEngine"
@@ -152,7 +154,9 @@ class Statistic(ABC):
                 f"{_NAME}: {self.noise_name} must be > {least:g} with noise_multiplier "
                 f"{noise_multiplier:g}, got {self.noise:g}: nothing would be left for the gradient"
             )
-        self.gradient_noise_multiplier = _split(noise_multiplier, self.noise / self.sensitivity)
+        self.gradient_noise_multiplier = left_for_gradient(
+            noise_multiplier, self.noise / self.sensitivity
+        )
 
     noise_name: str
 
@@ -313,8 +317,8 @@ def make_statistic(
     return kinds[type(settings)](settings, first, noise_multiplier, expected_batch_size)
 
 
-def _split(noise_multiplier: float, statistic_multiplier: float) -> float:
-    """The gradient's multiplier, so that both together are one of `noise_multiplier`."""
+def left_for_gradient(noise_multiplier: float, statistic_multiplier: float) -> float:
+    """The gradient's multiplier, so that both together are one mechanism of `noise_multiplier`."""
     share = (noise_multiplier / statistic_multiplier) ** 2
     return noise_multiplier / math.sqrt(1.0 - share)
 

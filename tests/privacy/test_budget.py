@@ -10,7 +10,7 @@ import torch
 
 from dpfast import NoisyHistogram, PrivacyError, PrivacyLedger, PrivateQuantile, reference
 from dpfast.privacy.accounting import epsilon, event_to_json
-from dpfast.privacy.budget import PrivateRun, choose_delta, known_units, solve
+from dpfast.privacy.budget import PlannedRun, choose_delta, known_units, solve
 from tests.privacy.helpers import loader_of, make, vectors
 
 DELTA = 1e-4
@@ -20,7 +20,7 @@ RDP = {"accountant": "rdp", "delta": DELTA}
 
 
 def run(**settings):
-    return PrivateRun(num_units=1000, **settings)
+    return PlannedRun(num_units=1000, **settings)
 
 
 WHOLE = run(noise_multiplier=1.5, expected_batch_size=50, epochs=5)
@@ -37,7 +37,7 @@ def rdp(events):
 
 
 def test_epsilon_of_the_specification():
-    found = solve(PrivateRun(noise_multiplier=1.0, sample_rate=0.01, steps=1000), delta=1e-5)
+    found = solve(PlannedRun(noise_multiplier=1.0, sample_rate=0.01, steps=1000), delta=1e-5)
     assert found.epsilon_after(1000) == pytest.approx(1.828, abs=5e-4)
     assert found.solved_for == "epsilon"
 
@@ -52,7 +52,7 @@ def test_epsilon_of_the_specification():
     ],
 )
 def test_run_has_the_steps_of_the_loader(settings, steps_per_epoch, rate, steps):
-    planned = PrivateRun(num_units=5000, **settings)
+    planned = PlannedRun(num_units=5000, **settings)
     assert planned.steps_per_epoch == steps_per_epoch
     assert planned.rate == rate
     assert planned.num_steps == steps
@@ -100,7 +100,7 @@ def test_run_is_the_events_of_its_settings(settings, events):
     ],
 )
 def test_run_is_what_the_engine_does(planned, done):
-    run = PrivateRun(num_units=45, expected_batch_size=7, epochs=2, noise_multiplier=1.5, **planned)
+    run = PlannedRun(num_units=45, expected_batch_size=7, epochs=2, noise_multiplier=1.5, **planned)
     loader = loader_of(vectors(45), batch_size=7)
     engine, _, _, private = make(loader, noise_multiplier=1.5, **done)
     [mechanism] = engine.ledger.mechanisms
@@ -168,7 +168,7 @@ def test_batch_is_the_whole_data_set_where_that_keeps_within_the_target():
 
 
 def test_least_noise_is_used_where_less_would_do():
-    tiny = PrivateRun(num_units=10**6, expected_batch_size=1, steps=1)
+    tiny = PlannedRun(num_units=10**6, expected_batch_size=1, steps=1)
     found = solve(tiny, target_epsilon=90.0, accountant="rdp")
     assert found.run.noise_multiplier == 0.1
     assert found.epsilon_after(1) <= 90.0

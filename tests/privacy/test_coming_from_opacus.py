@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfast
-from dpfast.privacy.budget import PrivateRun
+from dpfast.privacy.budget import PlannedRun
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coming_from_opacus.md").read_text()
 BEFORE, AFTER = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -204,7 +204,7 @@ def test_equal_weights_are_opacus_noise_per_layer(opacus):
         max_grad_norm=bounds,
         expected_batch_size=4,
     )
-    run = PrivateRun(sample_rate=0.1, noise_multiplier=1.5, max_grad_norm=bounds)
+    run = PlannedRun(sample_rate=0.1, noise_multiplier=1.5, max_grad_norm=bounds)
     std = private.noise_multiplier * private.max_grad_norm
     assert run.noise_scales() == pytest.approx([std] * 2)
 

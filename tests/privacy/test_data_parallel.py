@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, os, sys
 import torch
+import dpfast  # before the repository, whose source folder would hide the installed package
+sys.path.append(sys.argv[3])
 from tests.privacy.test_data_parallel import run
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
@@ -74,10 +76,10 @@ def results(tmp_path_factory):
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-c", PROGRAM, json.dumps(settings), str(folder)]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(settings), str(folder), str(ROOT)]
     processes = [
         subprocess.Popen(
-            command, env={**environment, "RANK": str(rank)}, cwd=ROOT, stderr=subprocess.PIPE,
+            command, env={**environment, "RANK": str(rank)}, cwd=folder, stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)

@@ -10,7 +10,7 @@ from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
 from dp_accounting.pld import PLDAccountant
 
 from dpfast.privacy.accounting import TrainingStep, epsilon
-from dpfast.privacy.budget import PrivateRun
+from dpfast.privacy.budget import PlannedRun
 
 PAGE = Path(__file__).parents[2] / "docs" / "what_epsilon_means.md"
 TEXT = " ".join(PAGE.read_text().split())
@@ -33,7 +33,7 @@ def laplace(norm):
 
 
 def pure(**more):
-    run = PrivateRun(mechanism="laplace", sample_rate=RATE, noise_multiplier=NOISE, **more)
+    run = PlannedRun(mechanism="laplace", sample_rate=RATE, noise_multiplier=NOISE, **more)
     return run.pure_epsilon_of_a_step()
 
 

@@ -12,19 +12,26 @@ from dp_accounting import DpEvent
 
 from dpfast import _validate
 from dpfast.privacy.accounting import SAMPLINGS, TrainingStep
+from dpfast.privacy.thresholds import (
+    HistogramStatistic,
+    QuantileStatistic,
+    left_for_gradient,
+)
 from dpfast.privacy.units import PRIVACY_UNITS
 
-__all__ = ["LEAST_NOISE", "PrivateRun", "check_count"]
+__all__ = ["LEAST_NOISE", "PlannedRun", "check_count"]
 
 _NAME = "budget"
 # Below this there is no guarantee to speak of, and a privacy loss distribution fills the memory.
 LEAST_NOISE = 0.1
-# One unit moves a count of (0 or 1) - 1/2 by 1/2, and a histogram by 1.
-_SENSITIVITIES = {"count_noise": 0.5, "histogram_noise": 1.0}
+_SENSITIVITIES = {
+    "count_noise": QuantileStatistic.sensitivity,
+    "histogram_noise": HistogramStatistic.sensitivity,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivateRun:
+class PlannedRun:
     """A private training run as one plans it; what is None may be left open, see `budget.solve`.
 
     Attributes:
@@ -161,7 +168,7 @@ class PrivateRun:
         if statistic is None:
             return noise
         name, given = statistic
-        return float((noise**-2 - (given / _SENSITIVITIES[name]) ** -2) ** -0.5)
+        return left_for_gradient(noise, given / _SENSITIVITIES[name])
 
     def noise_scales(self) -> list[float]:
         """Scale of the noise on the sum of gradients, per bound: std, or b for Laplace noise.
