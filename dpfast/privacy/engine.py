@@ -474,7 +474,5 @@ def _first_difference(theirs: Any, ours: Any, path: str) -> str:
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         for key in {**theirs, **ours}:
             if theirs.get(key) != ours.get(key):
-                return _first_difference(
-                    theirs.get(key), ours.get(key), f"{path}.{key}".lstrip(".")
-                )
+                return _first_difference(theirs.get(key), ours.get(key), f"{path}.{key}")
     return f"{path} was {theirs!r} and is {ours!r}"

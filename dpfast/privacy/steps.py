@@ -116,10 +116,9 @@ class PrivateSteps:
         self._released.clear()
         for param in params.values():
             param.grad = None
+        self._context = per_sample_gradients(self._model, **self.settings.engine).__enter__()
         self._part, self._unit_of_row = part, unit_of_row
-        self._context = per_sample_gradients(self._model, **self.settings.engine)
         _OPEN.steps = self
-        self._context.__enter__()
 
     def require_taken(self) -> None:
         """Raise where a part was handed out and not stepped."""
@@ -168,22 +167,20 @@ class PrivateSteps:
         if self._unit_of_row:
             self._check_rows(context)
         if part.last:
-            self._release(grads, part)
+            self._release(grads)
         else:
-            self._sums, stats = self._clip(grads, part, noise_multiplier=0.0, divisor=None)
+            self._sums, stats = self._clip(grads, noise_multiplier=0.0, divisor=None)
             self._count(stats)
         self._part = None
 
-    def _release(self, grads: Mapping[str, torch.Tensor], part: Part) -> None:
+    def _release(self, grads: Mapping[str, torch.Tensor]) -> None:
         paid = self.settings.once_per_epoch and self._epoch_paid
         # On the disk before any noise is drawn: a process killed here has counted too much.
         self._ledger.record(self._mechanism, spends=0 if paid else 1)
         self._epoch_paid = True
         first = self._group.is_first
         multiplier = self.settings.noise_multiplier if first else 0.0
-        sums, stats = self._clip(
-            grads, part, noise_multiplier=multiplier, divisor=self.settings.divisor
-        )
+        sums, stats = self._clip(grads, noise_multiplier=multiplier, divisor=self.settings.divisor)
         self._group.add_up(sums)
         self._count(stats)
         self._release_statistic()
@@ -194,7 +191,6 @@ class PrivateSteps:
     def _clip(
         self,
         grads: Mapping[str, torch.Tensor],
-        part: Part,
         *,
         noise_multiplier: float,
         divisor: float | None,

@@ -142,6 +142,7 @@ def test_layer_that_mixes_samples_is_refused_when_it_is_put_into_training_mode()
     model.train()
     with pytest.raises(PrivacyError, match="mixes the samples"):
         next(iter(loader))
+    assert torch.overrides._get_current_function_mode() is None
 
 
 def test_good_setting_reads_no_data_either():
