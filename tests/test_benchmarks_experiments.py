@@ -45,6 +45,7 @@ def run(seed, epsilon, dice):
     return {
         "task": "nuclei", "target_epsilon": epsilon, "seed": seed, "validation_dice": dice,
         "epochs": 30, "unit": "image", "training_units": 542, "validation_units": 122,
+        "commit": {"hash": "abc", "dirty": False},
         "ledger": None if epsilon is None else ledger,
     }  # fmt: skip
 
@@ -53,7 +54,7 @@ def test_table_has_the_spread_over_seeds_and_what_each_ledger_says():
     runs = [run(seed, eps, 0.1 * seed + 0.2) for seed in (0, 1, 2) for eps in (3.0, None)]
     result = {
         "machine": {"device": "CPU"}, "date": "2026-01-02", "runs": runs,
-        "commit": {"hash": "abc", "dirty": False}, "versions": {"torch": "2", "monai": "1"},
+        "versions": {"torch": "2", "monai": "1"},
     }  # fmt: skip
     text = utility.render([json.loads(json.dumps(result))])
     assert "542 units for training, 122 for validation; the unit is one image" in text
