@@ -130,9 +130,10 @@ def render(results: Sequence[Mapping[str, Any]]) -> str:
     lines = [_PREAMBLE]
     for result in results:
         commits = sorted({_commit(run["commit"]) for run in result["runs"]})
+        versions = result["versions"]
         lines.append(
             f"{result['machine']['device']}; {result['date'][:10]}; commit "
-            f"{' and '.join(commits)}; PyTorch {result['versions']['torch']}, MONAI {result['versions']['monai']}.\n"
+            f"{' and '.join(commits)}; PyTorch {versions['torch']}, MONAI {versions['monai']}.\n"
         )
         for task in TASKS:
             lines += _table([run for run in result["runs"] if run["task"] == task], task)
