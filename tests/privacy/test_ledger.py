@@ -170,7 +170,9 @@ def test_ledger_has_one_writer(tmp_path):
     path.read_bytes()  # closing this descriptor gives the lock away; the next entry takes it back
     step = training(ledger)
     code = f"import dpfast; dpfast.PrivacyLedger({str(path)!r})"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # Elsewhere: the repository's source folder would hide the installed package.
+    command = [sys.executable, "-c", code]
+    other = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert "in use by another process" in other.stderr
     child = os.fork()
     if child == 0:
@@ -259,7 +261,9 @@ while input():
 """
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1) as writer:
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, text=True, bufsize=1, cwd=tmp_path
+    ) as writer:
         for count in range(1, 4):
             writer.stdin.write("go\n")
             assert writer.stdout.readline() == "recorded\n"

@@ -1,7 +1,6 @@
 """A run that was interrupted, and its continuation."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -174,6 +173,8 @@ def test_run_killed_within_an_epoch_goes_on(tmp_path):
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from dpfast.segmentation.training import train\n"
+        # After dpfast, which the repository's source folder would hide.
+        f"sys.path.append({str(Path(__file__).parents[2])!r})\n"
         "from tests.segmentation.test_training import Watcher\n"
         "class Killer(Watcher):\n"
         "    def stepped(self, steps):\n"
@@ -182,8 +183,7 @@ def test_run_killed_within_an_epoch_goes_on(tmp_path):
     )
     killed = subprocess.run(
         [sys.executable, "-c", script, str(path)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,

@@ -238,7 +238,7 @@ def test_absent_package_is_an_error_that_names_the_extra(
         make_dataset(records, task)
 
 
-def test_importing_dpfast_imports_no_optional_package():
+def test_importing_dpfast_imports_no_optional_package(tmp_path):
     found = subprocess.run(
         [
             sys.executable,
@@ -246,6 +246,7 @@ def test_importing_dpfast_imports_no_optional_package():
             "import dpfast, dpfast.segmentation, sys; print(sorted({'monai', 'nibabel', 'PIL', "
             "'matplotlib', 'pydantic', 'tomli'} & set(sys.modules)))",
         ],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=True,
