@@ -32,11 +32,10 @@ class Part:
     Attributes:
       unit_of_entry: for each entry of the data set in this part, a number that entries of one
         unit share.
-      first, last: of its step.
+      last: whether it is the last of its step.
     """
 
     unit_of_entry: tuple[int, ...]
-    first: bool
     last: bool
 
     def unit_of_row(self, rows_of_entry: Sequence[int]) -> list[int]:
@@ -128,7 +127,7 @@ class PrivateLoader:
             groups = _packed(mine, self._physical_batch_size)
             for index, group in enumerate(groups):
                 unit_of_entry = [s.unit for s in group for _ in s.entries]
-                self._parts.append(Part(tuple(unit_of_entry), index == 0, index == len(groups) - 1))
+                self._parts.append(Part(tuple(unit_of_entry), index == len(groups) - 1))
                 yield np.concatenate([[], *(s.entries for s in group)]).astype(int).tolist()
 
     def _empty_batch(self) -> Any:
