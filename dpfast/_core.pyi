@@ -69,6 +69,28 @@ def ghost_norm_cpu(
 ) -> None: ...
 def conv_grad_cuda_workspace_bytes(call: dict[str, object], device: int) -> int: ...
 def conv_grad_cuda(call: dict[str, object], device: int, stream: int) -> None: ...
+def morphology_cpu(
+    input: int,
+    output: int,
+    index: int,
+    index_bits: int,
+    dtype: int,
+    shape: Sequence[int],
+    program: Sequence[int],
+    values: Sequence[float],
+    num_threads: int,
+) -> None: ...
+def morphology_backward_cpu(
+    grad_output: int,
+    grad_input: int,
+    index: int,
+    index_bits: int,
+    dtype: int,
+    shape: Sequence[int],
+    program: Sequence[int],
+    values: Sequence[float],
+    num_threads: int,
+) -> None: ...
 def prelu_grad_cpu(
     x: int,
     grad: int,

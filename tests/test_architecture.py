@@ -13,7 +13,10 @@ NATIVE = sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())
 MAX_LINES = 500
 
 # From the lowest layer to the highest; a module may import its own layer and those below.
-LAYERS = ("_core", "_native", "ops", "grad_sample", "privacy", "segmentation", "federated", "cli")
+LAYERS = (
+    *("_core", "_native", "ops", "grad_sample", "privacy", "morphology", "segmentation"),
+    *("federated", "cli"),
+)
 # These import nothing of the package, so every layer may use them.
 SHARED = ("errors", "_validate")
 # The package's front: re-exports, so it may import every layer.

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cpu/morphology_passes.h"
 #include "math/clip_and_noise.h"
 #include "math/conv_grad.h"
 
@@ -96,6 +97,8 @@ struct Kernels {
   // sum of x * grad over the other x, float64 between pieces of 4,096.
   double (*prelu_grad)(const float* x, const float* grad, float slope, std::int64_t length,
                        float* grad_x);
+
+  MorphologyPasses morphology[kItemKinds];
 
   // Reads everything once: the machine's read bandwidth, for the benchmarks.
   std::uint64_t (*read_all)(const void* data, std::int64_t bytes);

@@ -15,6 +15,9 @@ except ImportError as error:  # a source checkout before installation, or a brok
         "if it is installed, Python found the source folder first: run from another folder."
     ) from error
 
+from dpfast._native._morphology import morphology, morphology_backward
+from dpfast._native._tensors import DTYPE_CODES, address
+
 __all__ = [
     "CLIPPING_CODES",
     "DTYPE_CODES",
@@ -32,13 +35,14 @@ __all__ = [
     "fill_noise",
     "ghost_norm",
     "has_cuda_kernels",
+    "morphology",
+    "morphology_backward",
     "plain_tensors",
     "prelu_grad",
     "read_all",
     "table_of",
 ]
 
-DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 NORM_CODES = {"l2": 0, "l1": 1}
 UNTIL_CODES = {"end": 0, "norms": 1, "weights": 2}
 MECHANISM_CODES = {"none": 0, "gaussian": 1, "laplace": 2}
@@ -135,13 +139,9 @@ def table_of(
         numel = grad.numel() // max(1, num_rows) if result is None else result.numel()
         stride = numel if grad.is_contiguous() else grad.stride(0)
         tensors.append(
-            (grad.data_ptr(), _address(result), stride, numel, DTYPE_CODES[grad.dtype], is_sum)
+            (grad.data_ptr(), address(result), stride, numel, DTYPE_CODES[grad.dtype], is_sum)
         )
     return TensorTable(tensors, num_rows)
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def clip_and_noise(
@@ -171,23 +171,23 @@ def clip_and_noise(
     percentile = settings["percentile"]
     arguments = {
         **settings,
-        "row_order": _address(settings["row_order"]),
-        "unit_start": _address(settings["unit_start"]),
-        "unit_count": _address(settings["unit_count"]),
+        "row_order": address(settings["row_order"]),
+        "unit_start": address(settings["unit_start"]),
+        "unit_count": address(settings["unit_count"]),
         "clipping": CLIPPING_CODES[settings["clipping"]],
         "norm": NORM_CODES[settings["norm"]],
         "percentile": -1.0 if percentile is None else percentile,
-        "device_bounds": _address(settings["device_bounds"]),
-        "given_norms": _address(settings["given_norms"]),
-        "custom_weights": _address(settings["custom_weights"]),
+        "device_bounds": address(settings["device_bounds"]),
+        "given_norms": address(settings["given_norms"]),
+        "custom_weights": address(settings["custom_weights"]),
         "mechanism": MECHANISM_CODES[settings["mechanism"]],
-        "noise_state": _address(settings["noise_state"]),
+        "noise_state": address(settings["noise_state"]),
         "threshold": threshold.data_ptr(),
         "norms": norms.data_ptr(),
         "nonfinite": nonfinite.data_ptr(),
         "workspace": workspace.data_ptr(),
         "until": UNTIL_CODES[until],
-        "weights": _address(weights),
+        "weights": address(weights),
     }
     if on_cpu:
         _core.clip_and_noise_cpu(tensors, arguments, torch.get_num_threads())
@@ -246,9 +246,9 @@ def conv_grad(
         call: dict[str, object] = {
             "anchor": anchor.data_ptr(),
             "moving": moving.data_ptr(),
-            "out": _address(out),
-            "anchor_sums": _address(anchor_sums),
-            "square_norms": _address(square_norms),
+            "out": address(out),
+            "anchor_sums": address(anchor_sums),
+            "square_norms": address(square_norms),
             "samples": anchor.shape[0],
             "groups": groups,
             "m": anchor.shape[1] // groups,
@@ -276,9 +276,9 @@ def conv_grad(
     _core.conv_grad_cpu(
         anchor.data_ptr(),
         moving.data_ptr(),
-        _address(out),
-        _address(anchor_sums),
-        _address(square_norms),
+        address(out),
+        address(anchor_sums),
+        address(square_norms),
         anchor.shape[0],
         groups,
         anchor.shape[1] // groups,

@@ -1,0 +1,139 @@
+// The gradient goes back along the index that the forward pass has left. Floor: the output's
+// gradient and the index read once, the input's gradient written once.
+//
+// The outputs are taken in their order, so that each sum has one order. A thread owns its own
+// channels; or, where they are few, a range of the slowest axis, and looks for what arrives there
+// among all outputs from which it can be reached.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/morphology_cpu.h"
+#include "cpu/thread_pool.h"
+
+namespace dpfast::cpu {
+namespace {
+
+constexpr std::int64_t kLargeChannel = 1 << 16;
+
+template <class Index>
+constexpr Index kNoSource = static_cast<Index>(Index{1} << (8 * sizeof(Index) - 1));
+
+float widen(const std::uint16_t* halves, std::int64_t i) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(halves[i]) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+float widen(const float* values, std::int64_t i) { return values[i]; }
+double widen(const double* values, std::int64_t i) { return values[i]; }
+
+std::uint16_t narrow(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<std::uint16_t>(value == value ? rounded : 0x7fc0u);
+}
+
+// sums[i + index[i]] += sign * grad[i] for i in [begin, end), where that lies in [low, high).
+template <bool kAll, class Grad, class Index, class Sum>
+void scatter(const Grad* grad, const Index* index, std::int64_t begin, std::int64_t end,
+             std::int64_t low, std::int64_t high, Sum sign, Sum* sums) {
+  for (std::int64_t i = begin; i < end; ++i) {
+    if (index[i] == kNoSource<Index>) continue;
+    const std::int64_t target = i + index[i];
+    if (kAll || (target >= low && target < high)) sums[target] += sign * widen(grad, i);
+  }
+}
+
+// Elements [low, high) of one channel's gradient; sums: the channel's, in which these are free.
+template <class Grad, class Index, class Sum>
+void collect(const Morphology& call, std::int64_t channel, const Grad* grad_output,
+             std::int64_t low, std::int64_t high, std::int64_t begin, std::int64_t end, Sum* sums) {
+  const std::int64_t volume = call.volume(), at = channel * volume;
+  const std::int64_t tensor = call.batch * call.channels * volume;
+  const Grad* grad = grad_output + at;
+  const Index* index = static_cast<const Index*>(call.index) + at;
+  std::fill(sums + low, sums + high, Sum{0});
+  for (const MorphologyTerm& term : call.program(channel % call.channels)) {
+    const Sum sign = static_cast<Sum>(term.sign);
+    if (term.stages.empty()) {
+      for (std::int64_t i = low; i < high; ++i) sums[i] += sign * widen(grad, i);
+      continue;
+    }
+    if (low == 0 && high == volume) {
+      scatter<true>(grad, index, 0, volume, low, high, sign, sums);
+    } else {
+      scatter<false>(grad, index, begin, end, low, high, sign, sums);
+    }
+    index += tensor;
+  }
+}
+
+template <class Grad, class Index, class Sum>
+void run(const Morphology& call, const MorphologyBackward& grads, int num_threads) {
+  const std::int64_t channels = call.batch * call.channels, volume = call.volume();
+  if (channels == 0 || volume == 0) return;
+  const Grad* grad_output = static_cast<const Grad*>(grads.grad_output);
+  constexpr bool kDirect = sizeof(Grad) == sizeof(Sum);
+  const int slow = call.size[0] > 1 ? 0 : 1;  // the axis that threads share
+  const std::int64_t lines = call.size[slow], line = volume / lines;
+  const bool together = num_threads > 1 && channels < 4 * num_threads && volume >= kLargeChannel &&
+                        lines >= 2 * call.reach[slow] * num_threads;
+  const std::int64_t parts = together ? num_threads : 1;
+  // Sums of a narrower gradient are taken in single precision.
+  std::vector<Sum> storage;
+  const std::int64_t workers = std::min<std::int64_t>(num_threads, channels * parts);
+  if (!kDirect) storage.resize(static_cast<std::size_t>((together ? 1 : workers) * volume));
+  const auto part = [&](std::int64_t channel, std::int64_t p, Sum* sums) {
+    const std::int64_t low = lines * p / parts, high = lines * (p + 1) / parts;
+    const std::int64_t begin = std::max<std::int64_t>(0, low - call.reach[slow]);
+    const std::int64_t end = std::min(lines, high + call.reach[slow]);
+    char* result = static_cast<char*>(grads.grad_input) + channel * volume * sizeof(Grad);
+    if (kDirect) sums = reinterpret_cast<Sum*>(result);
+    collect<Grad, Index, Sum>(call, channel, grad_output, low * line, high * line, begin * line,
+                              end * line, sums);
+    if (!kDirect) {
+      std::uint16_t* halves = reinterpret_cast<std::uint16_t*>(result);
+      for (std::int64_t i = low * line; i < high * line; ++i) {
+        halves[i] = narrow(static_cast<float>(sums[i]));
+      }
+    }
+  };
+  if (together) {
+    for (std::int64_t c = 0; c < channels; ++c) {
+      parallel_for(parts, num_threads, [&](std::int64_t p) { part(c, p, storage.data()); });
+    }
+    return;
+  }
+  parallel_for(workers, num_threads, [&](std::int64_t worker) {
+    Sum* sums = storage.data() + (kDirect ? 0 : worker * volume);
+    for (std::int64_t c = channels * worker / workers; c < channels * (worker + 1) / workers; ++c) {
+      part(c, 0, sums);
+    }
+  });
+}
+
+template <class Index>
+void dispatch(const Morphology& call, const MorphologyBackward& grads, int num_threads) {
+  if (call.dtype == DType::kFloat64) {
+    run<double, Index, double>(call, grads, num_threads);
+  } else if (call.dtype == DType::kFloat32) {
+    run<float, Index, float>(call, grads, num_threads);
+  } else {
+    run<std::uint16_t, Index, float>(call, grads, num_threads);
+  }
+}
+
+}  // namespace
+
+void morphology_backward(const Morphology& call, const MorphologyBackward& grads, int num_threads) {
+  if (call.index_bits == 16) {
+    dispatch<std::int16_t>(call, grads, num_threads);
+  } else {
+    dispatch<std::int32_t>(call, grads, num_threads);
+  }
+}
+
+}  // namespace dpfast::cpu
