@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from typing import Any, Generic, TypeVar
 
@@ -13,7 +12,7 @@ import torch
 
 from dpfast.ops._morphology_program import Stage
 
-__all__ = ["Element", "PerChannel", "cross", "ellipse", "make_element"]
+__all__ = ["Element", "PerChannel", "cross", "ellipse", "freeze", "make_element", "whole"]
 
 T = TypeVar("T")
 MAX_SIZE = 2**15  # per axis; far beyond any image, far below an overflow
@@ -59,33 +58,27 @@ class Element:
 
     def stage(self, *, dilate: bool) -> Stage:
         """The dilation or erosion with it. A dilation reflects it, as its adjoint must."""
-        return _stage(self, dilate)
-
-
-@lru_cache(maxsize=256)
-def _stage(element: Element, dilate: bool) -> Stage:
-    low = [-(n // 2) - o for n, o in zip(element.shape, element.origin, strict=True)]
-    high = [first + n - 1 for first, n in zip(low, element.shape, strict=True)]
-    if dilate:
-        window = tuple(-x for x in high), tuple(-x for x in low)
-    else:
-        window = tuple(low), tuple(high)
-    flat = element.heights is None
-    if flat and (element.mask is None or all(element.mask)):
-        return Stage(dilate, *window)
-    positions = list(product(*(range(n) for n in element.shape)))
-    mask = element.mask or (True,) * len(positions)
-    sign = -1 if dilate else 1
-    offsets, heights = [], []
-    for position, inside, height in zip(
-        positions, mask, element.heights or (0.0,) * len(positions), strict=True
-    ):
-        if inside:
-            offsets.append(
-                tuple(sign * (p + first) for p, first in zip(position, low, strict=True))
-            )
-            heights.append(height)
-    return Stage(dilate, *window, tuple(offsets), None if flat else tuple(heights))
+        low = [-(n // 2) - o for n, o in zip(self.shape, self.origin, strict=True)]
+        high = [first + n - 1 for first, n in zip(low, self.shape, strict=True)]
+        if dilate:
+            window = tuple(-x for x in high), tuple(-x for x in low)
+        else:
+            window = tuple(low), tuple(high)
+        flat = self.heights is None
+        if flat and (self.mask is None or all(self.mask)):
+            return Stage(dilate, *window)
+        positions = list(product(*(range(n) for n in self.shape)))
+        mask = self.mask or (True,) * len(positions)
+        sign = -1 if dilate else 1
+        offsets, heights = [], []
+        for position, inside, height in zip(
+            positions, mask, self.heights or (0.0,) * len(positions), strict=True
+        ):
+            if inside:
+                pairs = zip(position, low, strict=True)
+                offsets.append(tuple(sign * (p + first) for p, first in pairs))
+                heights.append(height)
+        return Stage(dilate, *window, tuple(offsets), None if flat else tuple(heights))
 
 
 def ellipse(size: int | Sequence[int], *, spatial_dims: int = 2) -> torch.Tensor:
@@ -137,10 +130,9 @@ def _shape(
 def _sizes(function: str, size: Any, spatial_dims: int) -> tuple[int, ...]:
     if spatial_dims not in (2, 3):
         raise ValueError(f"{function}: spatial_dims must be 2 or 3, got {spatial_dims!r}")
+    whole(function, "size", size)
     values = tuple(size) if isinstance(size, (tuple, list)) else (size,) * spatial_dims
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{function}: size must be whole numbers, got {size!r}")
         if not 1 <= value <= MAX_SIZE:
             raise ValueError(f"{function}: size must be >= 1 and <= {MAX_SIZE}, got {size!r}")
     if len(values) not in (2, 3):
@@ -157,12 +149,17 @@ def make_element(
       TypeError, ValueError: they make no element of so many axes.
     """
     mask = heights = None
+    shape: tuple[int, ...] = ()
     if structure is not None:
         heights, shape = _heights(function, structure)
     if footprint is not None:
+        heights_shape = shape
         mask, shape = _mask(function, footprint)
-        if structure is not None and len(mask) != len(heights or ()):
-            raise ValueError(f"{function}: footprint must have the shape of structure, got {shape}")
+        if structure is not None and shape != heights_shape:
+            raise ValueError(
+                f"{function}: footprint must have the shape of structure, {heights_shape}, got "
+                f"{shape}"
+            )
     if structure is None and footprint is None:
         shape = _sizes(function, 3 if size is None else size, spatial_dims)
     elif size is not None:
@@ -173,8 +170,6 @@ def make_element(
         )
     origins = tuple(origin) if isinstance(origin, (tuple, list)) else (origin,) * spatial_dims
     for value, n in zip(origins, shape, strict=False):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{function}: origin must be whole numbers, got {origin!r}")
         if not -(n // 2) <= value <= (n - 1) // 2:
             raise ValueError(
                 f"{function}: origin must be >= {-(n // 2)} and <= {(n - 1) // 2} for a size of "
@@ -185,13 +180,31 @@ def make_element(
     return Element(shape, origins, mask, heights)
 
 
+def whole(function: str, name: str, value: Any) -> None:
+    """Raises TypeError unless value is an int or a sequence of them."""
+    for each in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(each, bool) or not isinstance(each, int):
+            raise TypeError(f"{function}: {name} must be whole numbers, got {value!r}")
+
+
+def freeze(function: str, value: Any) -> Any:
+    """An array or a nested sequence as nested tuples, others as they are."""
+    if isinstance(value, torch.Tensor):
+        if value.requires_grad:
+            raise ValueError(f"{function}: the element must not require a gradient; detach it")
+        return freeze(function, value.tolist())
+    if hasattr(value, "tolist"):  # NumPy
+        return freeze(function, value.tolist())
+    if isinstance(value, (list, tuple)):
+        return tuple(freeze(function, each) for each in value)
+    return value
+
+
 def _array(function: str, name: str, value: Any) -> torch.Tensor:
     try:
-        tensor = torch.as_tensor(value)
+        tensor = torch.tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{function}: {name} must be an array, got {value!r}") from error
-    if tensor.requires_grad:
-        raise ValueError(f"{function}: {name} must not require a gradient, it gets none; detach it")
     if tensor.numel() == 0 or max(tensor.shape, default=0) > MAX_SIZE:
         raise ValueError(f"{function}: {name} must not be empty, got shape {tuple(tensor.shape)}")
     return tensor
@@ -205,7 +218,7 @@ def _mask(function: str, footprint: Any) -> tuple[tuple[bool, ...], tuple[int, .
 
 
 def _heights(function: str, structure: Any) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    tensor = _array(function, "structure", structure).double()
+    tensor = _array(function, "structure", structure)
     values = tensor.flatten().tolist()
     if not all(math.isfinite(value) for value in values):
         raise ValueError(f"{function}: structure must be finite; leave positions out by footprint")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from dpfast import _validate
-from dpfast.morphology.elements import Element, PerChannel, make_element
-from dpfast.ops._morphology_program import BORDERS, Program, Term
+from dpfast.morphology.elements import Element, PerChannel, freeze, make_element, whole
+from dpfast.ops._morphology_program import BORDERS, Plan, Program, Term, encode
 from dpfast.ops.morphology import morphology
 
 __all__ = [
@@ -54,11 +54,6 @@ OPERATIONS: dict[str, Callable[[Element], Program]] = {
     "closing_opening": lambda e: (_chain(True, False, False, True)(e),),
     "identity": lambda e: (Term(1),),
 }
-
-
-@lru_cache(maxsize=256)
-def _programs(pairs: tuple[tuple[str, Element], ...]) -> tuple[Program, ...]:
-    return tuple(OPERATIONS[operation](element) for operation, element in pairs)
 
 
 def _per_channel(function: str, name: str, value: Any, channels: int) -> tuple[Any, ...]:
@@ -110,31 +105,47 @@ def _run(
         raise ValueError(f"{function}: border_value must not be NaN")
     if border_value != 0.0 and border != "constant":
         raise ValueError(f"{function}: border_value has no effect with border {border!r}")
-    channels, axes = x.shape[1], x.dim() - 2
-    operations = _per_channel(function, "operation", operation, channels)
-    for each in operations:
-        _validate.choice(function, "operation", each, tuple(OPERATIONS))
     columns = [
-        _per_channel(function, name, value, channels)
+        _per_channel(function, name, value, x.shape[1])
         for name, value in (
+            ("operation", operation),
             ("size", size),
             ("footprint", footprint),
             ("structure", structure),
             ("origin", origin),
         )
     ]
-    alike = not any(isinstance(v, PerChannel) for v in (size, footprint, structure, origin))
-    if alike and channels:
-        elements = [make_element(function, size, footprint, structure, origin, axes)] * channels
-    else:
-        elements = [
-            make_element(function, each, mask, heights, start, axes)
-            for each, mask, heights, start in zip(*columns, strict=True)
-        ]
+    # Here: to a cache, 3.0 and True are 3 and 1.
+    for each in columns[1]:
+        if each is not None:
+            whole(function, "size", each)
+    for each in columns[4]:
+        whole(function, "origin", each)
     if x.numel() == 0:
         return x.clone()
-    pairs = tuple(zip(operations, elements, strict=True))
-    return morphology(x, _programs(pairs), border, float(border_value))
+    frozen = tuple(tuple(freeze(function, value) for value in column) for column in columns)
+    return morphology(x, _plan(function, frozen, x.dim() - 2, border, float(border_value)))
+
+
+# torch.compile takes the result for a constant: it follows from numbers and names alone.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _plan(
+    function: str, columns: tuple[Any, ...], axes: int, border: str, border_value: float
+) -> Plan:
+    return _cached_plan(function, columns, axes, border, border_value)
+
+
+@lru_cache(maxsize=256)
+def _cached_plan(
+    function: str, columns: tuple[Any, ...], axes: int, border: str, border_value: float
+) -> Plan:
+    """What the op is told; `columns` holds each argument for all channels, as plain values."""
+    programs = []
+    for operation, size, footprint, structure, origin in zip(*columns, strict=True):
+        name = _validate.choice(function, "operation", operation, tuple(OPERATIONS))
+        element = make_element(function, size, footprint, structure, origin, axes)
+        programs.append(OPERATIONS[name](element))
+    return encode(tuple(programs), border, border_value)
 
 
 def apply(
@@ -153,7 +164,8 @@ def apply(
     One native call, whatever the number of channels and stages. A value of the result is a copy of
     one of the input's (for an additive element, of one plus its height), and the gradient goes
     there: among equal values to the element with the lowest index. Where the border's constant
-    wins there is no gradient. Differentiable once, in x.
+    wins there is no gradient. Differentiable once, in x, by
+    autograd (not by the transforms of torch.func).
 
     Args:
       x: (B, C, H, W) or (B, C, D, H, W); float32, float64, bfloat16 or float16; CPU or CUDA.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["BORDERS", "Program", "Stage", "Term", "encode", "index_dtype", "num_chains"]
+__all__ = ["BORDERS", "Plan", "Program", "Stage", "Term", "encode", "index_dtype"]
 
 # csrc/math/morphology.h, Border
 BORDERS = {"geodesic": 0, "constant": 1, "reflect": 2, "mirror": 3, "nearest": 4, "wrap": 5}
@@ -46,11 +46,6 @@ class Term:
 
 # The signed sum of its terms.
 Program = tuple[Term, ...]
-
-
-def num_chains(programs: Sequence[Program]) -> int:
-    """How many indices per element a gradient needs."""
-    return max(sum(1 for term in program if term.stages) for program in programs)
 
 
 def _runs(offsets: Sequence[tuple[int, ...]]) -> list[int]:
@@ -98,19 +93,27 @@ def _reach(programs: Sequence[Program]) -> list[int]:
     return most
 
 
-@lru_cache(maxsize=256)
-def encode(
-    programs: tuple[Program, ...], border: str, border_value: float
-) -> tuple[list[int], list[float]]:
+class Plan(NamedTuple):
+    """One call in numbers, as csrc/bindings/morphology_program.cpp reads them.
+
+    Attributes:
+      program: everything that is a whole number.
+      values: the border's constant and the heights.
+      chains: how many indices per element a gradient needs, at least 1.
+    """
+
+    program: list[int]
+    values: list[float]
+    chains: int
+
+
+def encode(programs: Sequence[Program], border: str, border_value: float) -> Plan:
     """The numbers of one call.
 
     Args:
       programs: one per channel.
       border: of BORDERS.
       border_value: of the border "constant".
-
-    Returns:
-      What csrc/bindings/morphology_program.cpp reads; neither list is to be changed.
     """
     different = list(dict.fromkeys(programs))
     values = [border_value]
@@ -122,7 +125,8 @@ def encode(
             numbers += [int(term.sign > 0), len(term.stages)]
             for stage in term.stages:
                 numbers += _stage(stage, values)
-    return numbers, values
+    chains = max(1, *(sum(1 for term in program if term.stages) for program in different))
+    return Plan(numbers, values, chains)
 
 
 def index_dtype(program: Sequence[int], spatial: Sequence[int]) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dpfast import _native
-from dpfast.ops._morphology_program import Program, encode, index_dtype, num_chains
+from dpfast.ops._morphology_program import Plan, index_dtype
 
 __all__ = ["morphology"]
 
@@ -88,33 +88,33 @@ def _backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[torch.Tensor
     return op(grad, index, ctx.program, ctx.values), None, None, None
 
 
+def _refuse_second(*_: Any) -> Any:
+    raise NotImplementedError("morphology: the gradient of a gradient is not provided")
+
+
 torch.library.impl("dpfast::morphology", ("cpu", "cuda"))(_run)
 torch.library.impl("dpfast::morphology_backward", ("cpu", "cuda"))(_run_backward)
 torch.library.register_fake("dpfast::morphology", _fake)
 torch.library.register_fake("dpfast::morphology_backward", _fake_backward)
 torch.library.register_autograd("dpfast::morphology", _backward, setup_context=_setup_context)
+torch.library.register_autograd("dpfast::morphology_backward", _refuse_second)
 
 
-def morphology(
-    x: torch.Tensor, programs: tuple[Program, ...], border: str, border_value: float
-) -> torch.Tensor:
+def morphology(x: torch.Tensor, plan: Plan) -> torch.Tensor:
     """Run one program per channel.
 
     Args:
       x: (B, C, H, W) or (B, C, D, H, W), float64, float32, bfloat16 or float16, checked.
-      programs: one per channel.
-      border: of BORDERS.
-      border_value: of the border "constant".
+      plan: for so many channels.
 
     Returns:
       Shape and dtype of x, contiguous.
     """
-    numbers, values = encode(programs, border, border_value)
-    # An index is kept only for a gradient. (Under a transform of torch.func the flag is that of
-    # the level at hand.)
-    chains = num_chains(programs) if x.requires_grad and torch.is_grad_enabled() else 0
+    # An index is kept for a gradient alone.
+    chains = plan.chains if x.requires_grad and torch.is_grad_enabled() else 0
     dtype = x.dtype
     if x.device.type == "cpu" and dtype not in _CPU_DTYPES:
         x = x.float()
-    out: torch.Tensor = torch.ops.dpfast.morphology(x, numbers, values, chains)[0]
+    op = torch.ops.dpfast.morphology
+    out: torch.Tensor = op(x, plan.program, plan.values, chains)[0]
     return out.to(dtype)

@@ -5,6 +5,7 @@ Nothing here imports native code, and production code imports nothing from here.
 
 from dpfast.reference.clip_and_noise import ReferenceResult, clip_and_noise
 from dpfast.reference.conv_grad_sample import conv_weight_grad_sample
+from dpfast.reference.morphology import morphology
 from dpfast.reference.noise import (
     chacha20_block,
     gaussian_from_words,
@@ -21,6 +22,7 @@ __all__ = [
     "conv_weight_grad_sample",
     "gaussian_from_words",
     "laplace_from_words",
+    "morphology",
     "noise_words",
     "seed_key",
     "standard_noise",
