@@ -20,6 +20,8 @@ namespace {
 constexpr std::int64_t kAlignment = 64;
 // Below this a channel is not worth more than one thread.
 constexpr std::int64_t kLargeChannel = 1 << 16;
+// Above this many bytes a tensor is in no cache when it is read again.
+constexpr std::int64_t kLargeTensor = 8 << 20;
 
 struct Free {
   void operator()(char* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
@@ -40,8 +42,8 @@ struct Step {
   bool negate_before = false;  // an element's
 };
 
-// The sweeps of a chain. The first reads the input along rows; the last one, whatever it is, writes
-// the output.
+// The sweeps of a chain. The first one reads the input, along rows, and the last one writes the
+// output, along rows again: written column by column, memory would wait for every line.
 std::vector<Step> plan(const MorphologyTerm& term) {
   std::vector<Step> steps(1);
   bool negated = !term.stages.empty() && !term.stages.front().dilate;
@@ -72,7 +74,7 @@ std::vector<Step> plan(const MorphologyTerm& term) {
     }
     backwards = !backwards;
   }
-  if (steps.back().element != nullptr) {  // which writes items
+  if (steps.back().element != nullptr || steps.back().axis != 2) {
     Step step;
     step.negated = negated;
     steps.push_back(step);
@@ -145,14 +147,16 @@ class Call {
     char* workspaces = memory.get() + plane_sets * planes * plane_bytes_;
     if (together) {
       for (std::int64_t c = 0; c < channels; ++c) {
-        run_channel(c, memory.get(), workspaces, static_cast<int>(workers));
+        run_channel(c, c + 1, memory.get(), workspaces, static_cast<int>(workers));
       }
       return;
     }
     std::atomic<std::int64_t> next{0};
     parallel_for(workers, threads_, [&](std::int64_t worker) {
-      for (std::int64_t c = next++; c < channels; c = next++) {
-        run_channel(c, memory.get() + worker * planes * plane_bytes_,
+      std::int64_t after = next++;
+      for (std::int64_t c = after; c < channels; c = after) {
+        after = next++;
+        run_channel(c, std::min(after, channels), memory.get() + worker * planes * plane_bytes_,
                     workspaces + worker * workspace_bytes_, 1);
       }
     });
@@ -201,14 +205,16 @@ class Call {
     return most;
   }
 
-  // One channel of one sample: all its terms.
-  void run_channel(std::int64_t channel, char* planes, char* workspaces, int threads) const {
+  // One channel of one sample: all its terms. The thread turns to channel `after` then.
+  void run_channel(std::int64_t channel, std::int64_t after, char* planes, char* workspaces,
+                   int threads) const {
     const std::int64_t at = channel * call_.volume(), item = item_size(call_.dtype);
     const char* input = static_cast<const char*>(call_.input) + at * item;
     char* output = static_cast<char*>(call_.output) + at * item;
     const std::vector<PlannedTerm>& terms =
         planned_[call_.program_of_channel[channel % call_.channels]];
     const std::int64_t index_bytes = call_.index_bits / 8;
+    const bool large = call_.batch * call_.channels * call_.volume() * item >= kLargeTensor;
     std::int64_t chains = 0;
     for (std::size_t t = 0; t < terms.size(); ++t) {
       const std::int64_t tensor = call_.batch * call_.channels * call_.volume();
@@ -217,76 +223,119 @@ class Call {
                         ? nullptr
                         : static_cast<char*>(call_.index) + (chains * tensor + at) * index_bytes;
       chains += terms[t].moves ? 1 : 0;
-      const bool keys = follow || (terms[t].moves && has_nan(input, threads));
-      Chain chain = empty_chain(keys);
-      chain.input = input;
-      chain.output = output;
-      chain.index = index;
-      chain.sign = terms[t].sign;
-      chain.add = t > 0;
-      run_chain(chain, terms[t].steps, passes(keys), planes, workspaces, threads);
+      Chain chain{};
+      // What is added to the output cannot be taken back when a NaN turns up.
+      const bool once = t > 0 && terms[t].moves && groups_of(terms[t].steps).size() == 1;
+      for (bool keys = follow || once;; keys = true) {
+        chain = empty_chain(keys);
+        chain.input = input;
+        chain.output = output;
+        chain.index = index;
+        chain.sign = terms[t].sign;
+        chain.add = t > 0;
+        chain.around_caches = large;
+        if (t + 1 == terms.size() && after < call_.batch * call_.channels) {
+          chain.ask = static_cast<const char*>(call_.input) + after * call_.volume() * item;
+          chain.ask_bytes = large ? call_.volume() * item : 0;
+        }
+        if (run_chain(chain, terms[t], keys, planes, workspaces, threads)) break;
+      }
     }
   }
 
-  bool has_nan(const char* input, int threads) const {
-    const std::int64_t count = call_.volume(), item = item_size(call_.dtype);
-    const std::int64_t piece = round_up((count + threads - 1) / threads, 1024);
-    std::atomic<bool> found{false};
-    const auto look = [&](std::int64_t i) {
-      const std::int64_t begin = std::min(i * piece, count), end = std::min(begin + piece, count);
-      if (passes(false).has_nan(input + begin * item, call_.dtype, end - begin)) found = true;
-    };
-    if (threads == 1) {
-      look(0);
-    } else {
-      parallel_for(threads, threads, look);
+  // Sweeps that are taken together, slice by slice: [first, last).
+  struct Group {
+    std::size_t first, last;
+    bool by_slice;
+  };
+
+  // In 3D, neighbouring sweeps within slices, which stay in the cache meanwhile.
+  std::vector<Group> groups_of(const std::vector<Step>& steps) const {
+    std::vector<Group> groups;
+    for (std::size_t s = 0; s < steps.size(); ++s) {
+      const bool by_slice = call_.size[0] > 1 && steps[s].element == nullptr && steps[s].axis != 0;
+      if (by_slice && !groups.empty() && groups.back().by_slice) {
+        groups.back().last = s + 1;
+      } else {
+        groups.push_back({s, s + 1, by_slice});
+      }
     }
-    return found;
+    return groups;
   }
 
-  void run_chain(const Chain& about, const std::vector<Step>& steps, const MorphologyPasses& passes,
-                 char* planes, char* workspaces, int threads) const {
+  // False where it stopped early, having found a NaN that needs keys.
+  bool run_chain(const Chain& about, const PlannedTerm& term, bool keys, char* planes,
+                 char* workspaces, int threads) const {
+    const std::vector<Step>& steps = term.steps;
+    std::atomic<bool> found_nan{false};
     char* items = planes;
     char* other = planes + plane_bytes_;
-    for (std::size_t s = 0; s < steps.size(); ++s) {
-      const Step& step = steps[s];
-      const bool last = s + 1 == steps.size();
-      Chain chain = about;
-      chain.items = items;
-      chain.input = s == 0 ? about.input : nullptr;
-      chain.output = last ? about.output : nullptr;
-      chain.index = last ? about.index : nullptr;
-      chain.negated = step.negated;
-      chain.negated_end = ends_negated(steps);
-      ElementSweep element{};
-      if (step.element != nullptr) {
-        element = element_sweep_of(step);
-        element.from = items;
-        element.to = other;
-        std::swap(items, other);
-      }
-      const Sweep sweep = sweep_of(step);
-      const auto take = [&](std::int64_t begin, std::int64_t end, char* workspace) {
-        Chain mine = chain;
-        mine.workspace = workspace;
-        if (step.element != nullptr) {
-          passes.element(mine, element, begin, end);
-        } else {
-          passes.sweep(mine, sweep, begin, end);
+    for (const Group& group : groups_of(steps)) {
+      if (steps[group.first].element != nullptr) std::swap(items, other);
+      // Parts [begin, end) of `parts` equal ones of each sweep.
+      const auto take = [&](std::int64_t begin, std::int64_t end, std::int64_t parts,
+                            char* workspace) {
+        for (std::size_t s = group.first; s < group.last; ++s) {
+          Chain chain = about;
+          chain.items = items;
+          chain.workspace = workspace;
+          if (s > 0) chain.input = nullptr;
+          if (s + 1 < steps.size()) chain.output = chain.index = nullptr;
+          chain.negated = steps[s].negated;
+          chain.negated_end = ends_negated(steps);
+          if (run_step(chain, steps[s], passes(keys), begin, end, parts, other)) found_nan = true;
         }
       };
-      const std::int64_t lines = step.element != nullptr ? chain.size[0] * chain.size[1]
-                                                         : passes.num_lines(chain, step.axis);
-      if (threads == 1) {
-        take(0, lines, workspaces);
-        continue;
+      if (group.by_slice) {
+        const std::int64_t slices = call_.size[0];
+        share(slices, threads, workspaces, [&](std::int64_t begin, std::int64_t end, char* mine) {
+          for (std::int64_t slice = begin; slice < end; ++slice) {
+            take(slice, slice + 1, slices, mine);
+          }
+        });
+      } else {
+        const std::int64_t lines = num_lines(about, steps[group.first], passes(keys));
+        share(lines, threads, workspaces, [&](std::int64_t begin, std::int64_t end, char* mine) {
+          take(begin, end, lines, mine);
+        });
       }
-      const std::int64_t piece = (lines + threads - 1) / threads;
-      parallel_for(threads, threads, [&](std::int64_t i) {
-        const std::int64_t begin = std::min(i * piece, lines);
-        take(begin, std::min(begin + piece, lines), workspaces + i * workspace_bytes_);
-      });
+      if (found_nan && !keys && term.moves) return false;
     }
+    return true;
+  }
+
+  static std::int64_t num_lines(const Chain& chain, const Step& step,
+                                const MorphologyPasses& passes) {
+    if (step.element != nullptr) return chain.size[0] * chain.size[1];
+    return passes.num_lines(chain, step.axis);
+  }
+
+  // Whether a NaN was read that the items do not handle.
+  static bool run_step(const Chain& chain, const Step& step, const MorphologyPasses& passes,
+                       std::int64_t begin, std::int64_t end, std::int64_t parts, const char* from) {
+    const std::int64_t each = num_lines(chain, step, passes) / parts;
+    if (step.element == nullptr) {
+      return passes.sweep(chain, sweep_of(step), begin * each, end * each);
+    }
+    ElementSweep element = element_sweep_of(step);
+    element.from = from;
+    element.to = chain.items;
+    passes.element(chain, element, begin * each, end * each);
+    return false;
+  }
+
+  // task(begin, end, workspace) over [0, count), in as many pieces as there are threads.
+  template <class Task>
+  void share(std::int64_t count, int threads, char* workspaces, const Task& task) const {
+    if (threads == 1) {
+      task(0, count, workspaces);
+      return;
+    }
+    const std::int64_t piece = (count + threads - 1) / threads;
+    parallel_for(threads, threads, [&](std::int64_t i) {
+      const std::int64_t begin = std::min(i * piece, count);
+      task(begin, std::min(begin + piece, count), workspaces + i * workspace_bytes_);
+    });
   }
 
   const Morphology& call_;

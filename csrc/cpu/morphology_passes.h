@@ -61,6 +61,10 @@ struct Chain {
   bool add;      // to what `output` holds
   bool negated;  // the items, when the sweep begins
   bool negated_end;
+  bool around_caches;  // the output is too large to be found there again
+  // What the thread reads next, asked for while strips are at work in the caches; bytes, may be 0.
+  const char* ask;
+  std::int64_t ask_bytes;
   char* workspace;  // of one thread, as many bytes as the functions below say
 };
 
@@ -117,12 +121,11 @@ struct MorphologyPasses {
   // Lines of a sweep along an axis.
   std::int64_t (*num_lines)(const Chain& chain, int axis);
   // Lines [begin, end) of a sweep: rows of the channel (axis 2), or strips of neighbouring columns.
-  void (*sweep)(const Chain& chain, const Sweep& sweep, std::int64_t begin, std::int64_t end);
+  // Whether a NaN was read from the input, which items that are no keys do not handle.
+  bool (*sweep)(const Chain& chain, const Sweep& sweep, std::int64_t begin, std::int64_t end);
   // Rows [begin, end) of the channel through an element.
   void (*element)(const Chain& chain, const ElementSweep& sweep, std::int64_t begin,
                   std::int64_t end);
-  // Whether there is a NaN.
-  bool (*has_nan)(const void* input, DType dtype, std::int64_t count);
 };
 
 }  // namespace dpfast::cpu
