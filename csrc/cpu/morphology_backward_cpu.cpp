@@ -1,9 +1,12 @@
 // The gradient goes back along the index that the forward pass has left. Floor: the output's
 // gradient and the index read once, the input's gradient written once.
 //
-// The outputs are taken in their order, so that each sum has one order. A thread owns its own
-// channels; or, where they are few, a range of the slowest axis, and looks for what arrives there
-// among all outputs from which it can be reached.
+// A sum of neighbouring outputs that took the same element waits for itself. So a channel is cut
+// into bands along its slowest axis, of which the first outputs are taken, then the second ones,
+// and so on: the bands are so wide that whatever a band takes from its predecessor it has taken
+// before that one comes to its end. Each sum thus has one order, later bands first. A thread owns
+// its own channels; or, where they are few, a range of the slowest axis, and looks for what arrives
+// there among all outputs from which it can be reached, in the same order.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -36,38 +39,94 @@ std::uint16_t narrow(float value) {
   return static_cast<std::uint16_t>(value == value ? rounded : 0x7fc0u);
 }
 
-// sums[i + index[i]] += sign * grad[i] for i in [begin, end), where that lies in [low, high).
-template <bool kAll, class Grad, class Index, class Sum>
-void scatter(const Grad* grad, const Index* index, std::int64_t begin, std::int64_t end,
-             std::int64_t low, std::int64_t high, Sum sign, Sum* sums) {
-  for (std::int64_t i = begin; i < end; ++i) {
-    if (index[i] == kNoSource<Index>) continue;
-    const std::int64_t target = i + index[i];
-    if (kAll || (target >= low && target < high)) sums[target] += sign * widen(grad, i);
+// sums[i + index[i]] += sign * grad[i] for the outputs i of a channel.
+template <class Grad, class Index, class Sum>
+struct Scatter {
+  const Grad* grad;
+  const Index* index;
+  Sum sign;
+  Sum* sums;
+
+  void take(std::int64_t i) const {
+    if (index[i] != kNoSource<Index>) sums[i + index[i]] += sign * widen(grad, i);
   }
+
+  // `kBands` bands of the same length, side by side; then what is left of the last one.
+  template <int kBands>
+  void take_bands(std::int64_t band, std::int64_t volume) const {
+    for (std::int64_t i = 0; i < band; ++i) {
+#pragma GCC unroll 8
+      for (int b = kBands - 1; b >= 0; --b) take(b * band + i);
+    }
+    for (std::int64_t i = kBands * band; i < volume; ++i) take(i);
+  }
+
+  // Those in [begin, end) whose source lies in [low, high).
+  void take_within(std::int64_t begin, std::int64_t end, std::int64_t low,
+                   std::int64_t high) const {
+    for (std::int64_t i = begin; i < end; ++i) {
+      if (index[i] == kNoSource<Index>) continue;
+      const std::int64_t source = i + index[i];
+      if (source >= low && source < high) sums[source] += sign * widen(grad, i);
+    }
+  }
+};
+
+// Elements [low, high) of a channel, and the outputs that may have taken them.
+struct Share {
+  std::int64_t low, high, begin, end;
+};
+
+// In which bands a channel is taken.
+struct Bands {
+  int count;
+  std::int64_t length;
+};
+
+Bands bands_of(const Morphology& call, int slow) {
+  const std::int64_t lines = call.size[slow], line = call.volume() / lines;
+  for (const int count : {4, 2}) {
+    // A wrapped border takes from the other end.
+    const bool near = call.border != Border::kWrap || call.reach[slow] == 0;
+    if (near && lines / count >= 2 * (call.reach[slow] + 1)) return {count, lines / count * line};
+  }
+  return {1, call.volume()};
 }
 
-// Elements [low, high) of one channel's gradient; sums: the channel's, in which these are free.
 template <class Grad, class Index, class Sum>
 void collect(const Morphology& call, std::int64_t channel, const Grad* grad_output,
-             std::int64_t low, std::int64_t high, std::int64_t begin, std::int64_t end, Sum* sums) {
+             const Bands& bands, const Share& share, Sum* sums) {
   const std::int64_t volume = call.volume(), at = channel * volume;
   const std::int64_t tensor = call.batch * call.channels * volume;
-  const Grad* grad = grad_output + at;
   const Index* index = static_cast<const Index*>(call.index) + at;
-  std::fill(sums + low, sums + high, Sum{0});
+  std::fill(sums + share.low, sums + share.high, Sum{0});
   for (const MorphologyTerm& term : call.program(channel % call.channels)) {
-    const Sum sign = static_cast<Sum>(term.sign);
+    const Scatter<Grad, Index, Sum> scatter{grad_output + at, index, static_cast<Sum>(term.sign),
+                                            sums};
     if (term.stages.empty()) {
-      for (std::int64_t i = low; i < high; ++i) sums[i] += sign * widen(grad, i);
+      for (std::int64_t i = share.low; i < share.high; ++i) {
+        sums[i] += scatter.sign * widen(scatter.grad, i);
+      }
       continue;
     }
-    if (low == 0 && high == volume) {
-      scatter<true>(grad, index, 0, volume, low, high, sign, sums);
-    } else {
-      scatter<false>(grad, index, begin, end, low, high, sign, sums);
-    }
     index += tensor;
+    if (share.low == 0 && share.high == volume) {
+      if (bands.count == 4) {
+        scatter.template take_bands<4>(bands.length, volume);
+      } else if (bands.count == 2) {
+        scatter.template take_bands<2>(bands.length, volume);
+      } else {
+        scatter.template take_bands<1>(volume, volume);
+      }
+      continue;
+    }
+    // The last band's rest comes last of all.
+    const std::int64_t rest = bands.count * bands.length;
+    for (int b = bands.count - 1; b >= 0; --b) {
+      scatter.take_within(std::max(share.begin, b * bands.length),
+                          std::min(share.end, (b + 1) * bands.length), share.low, share.high);
+    }
+    scatter.take_within(std::max(share.begin, rest), share.end, share.low, share.high);
   }
 }
 
@@ -77,9 +136,11 @@ void run(const Morphology& call, const MorphologyBackward& grads, int num_thread
   if (channels == 0 || volume == 0) return;
   const Grad* grad_output = static_cast<const Grad*>(grads.grad_output);
   constexpr bool kDirect = sizeof(Grad) == sizeof(Sum);
-  const int slow = call.size[0] > 1 ? 0 : 1;  // the axis that threads share
+  const int slow = call.size[0] > 1 ? 0 : 1;
+  const Bands bands = bands_of(call, slow);
   const std::int64_t lines = call.size[slow], line = volume / lines;
-  const bool together = num_threads > 1 && channels < 4 * num_threads && volume >= kLargeChannel &&
+  const bool together = call.border != Border::kWrap && num_threads > 1 &&
+                        channels < 4 * num_threads && volume >= kLargeChannel &&
                         lines >= 2 * call.reach[slow] * num_threads;
   const std::int64_t parts = together ? num_threads : 1;
   // Sums of a narrower gradient are taken in single precision.
@@ -92,8 +153,8 @@ void run(const Morphology& call, const MorphologyBackward& grads, int num_thread
     const std::int64_t end = std::min(lines, high + call.reach[slow]);
     char* result = static_cast<char*>(grads.grad_input) + channel * volume * sizeof(Grad);
     if (kDirect) sums = reinterpret_cast<Sum*>(result);
-    collect<Grad, Index, Sum>(call, channel, grad_output, low * line, high * line, begin * line,
-                              end * line, sums);
+    const Share share{low * line, high * line, begin * line, end * line};
+    collect<Grad, Index, Sum>(call, channel, grad_output, bands, share, sums);
     if (!kDirect) {
       std::uint16_t* halves = reinterpret_cast<std::uint16_t*>(result);
       for (std::int64_t i = low * line; i < high * line; ++i) {

@@ -246,7 +246,7 @@ def test_a_channel_may_have_an_operation_and_an_element_of_its_own():
     grad = torch.randn_like(together)
     (mine,) = torch.autograd.grad(together, x, grad)
     (theirs,) = torch.autograd.grad(torch.cat(alone, 1), x, grad)
-    assert torch.equal(mine, theirs)
+    torch.testing.assert_close(mine, theirs)  # the order of a sum depends on the largest element
     masks = PerChannel(ellipse(3), ellipse(5), cross(3), ellipse((3, 9)), torch.ones(2, 2))
     got = dilation(x, footprint=masks)
     for c, mask in enumerate(masks.values):
