@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dpfast import NoiseSource, _native, clip_and_noise, reference
+from dpfast import NoiseSource, _native, clip_and_noise, morphology, reference
 from dpfast.ops._precision import full_float32
 from dpfast.ops.conv_grad_sample import ConvSettings, conv_grad_sample, conv_square_norms
 from dpfast.ops.ghost_norms import ghost_square_norms
@@ -158,6 +158,30 @@ def _prelu_checks(device: torch.device) -> Iterator[Check]:
     yield Check("prelu cpu", error <= 1e-5, f"error {error:.1e}")
 
 
+def _morphology_checks(device: torch.device) -> Iterator[Check]:
+    generator = torch.Generator().manual_seed(0)
+    boxes = {2: torch.ones(3, 4, dtype=torch.bool), 3: torch.ones(2, 3, 5, dtype=torch.bool)}
+    for operation, axes in itertools.product(morphology.OPERATIONS, (2, 3)):
+        shape = (9, 21) if axes == 2 else (5, 6, 11)
+        x, grad = torch.randn(2, 2, 3, *shape, generator=generator)
+        x[0, 0, 0, 0] = x[0, 1, -1] = 0.5  # ties
+        errors = [0.0]
+        for border, footprint in itertools.product(
+            ("geodesic", "reflect"), (boxes[axes], morphology.ellipse(5, spatial_dims=axes))
+        ):
+            want, chains = reference.morphology(x, operation, footprint, border=border)
+            traced = x.detach().clone().to(device).requires_grad_()
+            got = morphology.apply(traced, operation, footprint=footprint, border=border)
+            (found,) = torch.autograd.grad(got, traced, grad.to(device))
+            routed = torch.zeros_like(want).flatten(2)
+            for sign, _, source in chains:
+                routed.scatter_add_(2, source.flatten(2), sign * grad.double().flatten(2))
+            wanted = [want, routed.view_as(want)]
+            errors.append(_relative_error([got.detach(), found], wanted))
+        error = max(errors)
+        yield Check(f"{operation} {axes}d {device.type}", error <= 1e-6, f"error {error:.1e}")
+
+
 def _rfc8439() -> Check:
     # RFC 8439, section 2.3.2.
     key = [int.from_bytes(bytes(range(i, i + 4)), "little") for i in range(0, 32, 4)]
@@ -175,6 +199,9 @@ def _guarded(
         return [Check(f"{checks.__name__} {device}", False, str(error))]
 
 
+_CHECKS = (_clip_checks, _noise_checks, _conv_checks, _prelu_checks, _morphology_checks)
+
+
 def run_checks() -> list[Check]:
     """Every kernel against its float64 twin, on the CPU and, where it can run, on CUDA."""
     devices = [torch.device("cpu")]
@@ -182,7 +209,7 @@ def run_checks() -> list[Check]:
         devices.append(torch.device("cuda", torch.cuda.current_device()))
     results = [_rfc8439()]
     for device in devices:
-        for checks in (_clip_checks, _noise_checks, _conv_checks, _prelu_checks):
+        for checks in _CHECKS:
             results += _guarded(checks, device)
     return results
 
