@@ -1,5 +1,6 @@
 """Grey-scale morphology, and DP-Morph: morphology within the private loss."""
 
+from dpfast.morphology.dp_morph import DPMorph
 from dpfast.morphology.elements import PerChannel, cross, ellipse
 from dpfast.morphology.functional import (
     OPERATIONS,
@@ -15,6 +16,7 @@ from dpfast.morphology.functional import (
 
 __all__ = [
     "OPERATIONS",
+    "DPMorph",
     "PerChannel",
     "apply",
     "black_hat",

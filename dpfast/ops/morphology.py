@@ -10,7 +10,7 @@ import torch
 from dpfast import _native
 from dpfast.ops._morphology_program import Program, encode, index_dtype, num_chains
 
-__all__ = ["morphology"]
+__all__ = ["morphology", "run_encoded"]
 
 # float16 has kernels on CUDA alone; elsewhere it is widened, which is exact.
 _CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -110,11 +110,28 @@ def morphology(
       Shape and dtype of x, contiguous.
     """
     numbers, values = encode(programs, border, border_value)
+    return run_encoded(x, numbers, values, num_chains(programs))
+
+
+def run_encoded(
+    x: torch.Tensor, numbers: Sequence[int], values: Sequence[float], chains: int
+) -> torch.Tensor:
+    """Run what `encode` gave: lists of numbers, which torch.compile takes as constants.
+
+    Args:
+      x: as in `morphology`.
+      numbers: of `encode`, as are the values.
+      values: heights and the border's value.
+      chains: `num_chains` of the same programs.
+
+    Returns:
+      Shape and dtype of x, contiguous.
+    """
     # An index is kept only for a gradient. (Under a transform of torch.func the flag is that of
     # the level at hand.)
-    chains = num_chains(programs) if x.requires_grad and torch.is_grad_enabled() else 0
+    kept = chains if x.requires_grad and torch.is_grad_enabled() else 0
     dtype = x.dtype
     if x.device.type == "cpu" and dtype not in _CPU_DTYPES:
         x = x.float()
-    out: torch.Tensor = torch.ops.dpfast.morphology(x, numbers, values, chains)[0]
+    out: torch.Tensor = torch.ops.dpfast.morphology(x, numbers, values, kept)[0]
     return out.to(dtype)
