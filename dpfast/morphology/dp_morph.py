@@ -16,10 +16,19 @@ from dpfast.morphology.functional import OPERATIONS, check_input
 from dpfast.ops._morphology_program import BORDERS, encode, num_chains
 from dpfast.ops.morphology import run_encoded
 
-__all__ = ["DPMorph", "Refinement", "check_operation", "check_size", "nearest_odd"]
+__all__ = [
+    "OPERATION_NAMES",
+    "DPMorph",
+    "Refinement",
+    "check_operation",
+    "check_size",
+    "nearest_odd",
+]
 
 _NAME = "DPMorph"
 _SHORT = {"open": "opening", "close": "closing", "both": "opening_closing"}
+# What an operation may be called.
+OPERATION_NAMES = (*_SHORT, *OPERATIONS)
 _FOOTPRINTS = {"ellipse": ellipse, "cross": cross}
 FOOTPRINTS = ("box", *_FOOTPRINTS)
 # No "constant": a score has no value that would be right outside the image.
@@ -223,7 +232,7 @@ def nearest_odd(value: float) -> int:
 
 def check_operation(function: str, value: Any) -> str:
     """The long name of an operation."""
-    name = _validate.choice(function, "operation", value, (*_SHORT, *OPERATIONS))
+    name = _validate.choice(function, "operation", value, OPERATION_NAMES)
     return _SHORT.get(name, name)
 
 
