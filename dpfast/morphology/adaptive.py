@@ -135,6 +135,9 @@ def adapt(
     size is the odd number nearest to kappa * 2^(L t), t being 1/2 plus the ratio of the two noisy
     sums, kept within [0, 1].
 
+    Measure before `PrivacyEngine.make_private_with_epsilon`, whose target covers what the ledger
+    holds by then. In data-parallel training the first process measures and shares the sizes.
+
     Args:
       masks: the training masks, class numbers with the background 0: a tensor (N, *spatial) or
         (N, 1, *spatial), or anything with a length and an index that gives (*spatial) or

@@ -168,7 +168,8 @@ class DPMorph(nn.Module):
         Args:
           scores: (B, C, H, W) or (B, C, D, H, W); or a list or tuple of them (deep supervision),
             the finest first. At a coarser one the sizes are scaled to its resolution, to the
-            nearest odd number, so that the element covers the same part of the image.
+            nearest odd number, so that the element covers the same part of the image. Levels that
+            MONAI's DynUNet stacks along axis 1 are to be taken apart first: `torch.unbind(x, 1)`.
 
         Returns:
           The same shapes and dtypes, as a tensor, list or tuple like scores.

@@ -87,11 +87,11 @@ def test_the_sensitivity_is_attained(monkeypatch):
 
 
 def test_a_row_is_the_median_over_the_slices_that_hold_the_class(monkeypatch):
-    masks = [mask_with(2), mask_with(8), mask_with(32), mask_with(0), mask_with(16)]
+    masks = [mask_with(2), mask_with(4), mask_with(32), mask_with(0), mask_with(16)]
     seen = exact_sum(monkeypatch, masks, ["a", "a", "a", "a", "b"], num_classes=3)
     torch.testing.assert_close(
         seen["rows"],
-        torch.tensor([[3 / 6 - 0.5, 0.0, 1.0, 0.0], [4 / 6 - 0.5, 0.0, 1.0, 0.0]]).double(),
+        torch.tensor([[2 / 6 - 0.5, 0.0, 1.0, 0.0], [4 / 6 - 0.5, 0.0, 1.0, 0.0]]).double(),
     )
 
 
@@ -178,6 +178,18 @@ def test_size_is_the_odd_number_nearest_to_kappa_times_thickness(side, kappa, si
 
 def test_thickness_beyond_the_largest_octave_counts_as_that():
     assert measure(*cohort(20, 32), max_octaves=3.0, kappa=0.9).sizes == {1: 7}
+
+
+@pytest.mark.parametrize(("total", "size"), [(30.0, 33), (-30.0, 1), (0.0, 5)])
+def test_a_noisy_mean_is_kept_within_its_range(monkeypatch, total, size):
+    def release(rows, **arguments):
+        _, stats = dpfast.clip_and_noise(rows, **arguments)
+        return torch.tensor([total, 40.0]).double(), stats
+
+    monkeypatch.setattr(adaptive, "clip_and_noise", release)
+    result = measure(*cohort(1, 4), noise_multiplier=1.0, kappa=0.51)
+    assert result.sizes == {1: size}
+    assert result.noisy_counts == {1: 40.0}
 
 
 def test_module_has_the_operations_and_sizes_that_were_found():
