@@ -8,6 +8,7 @@ from dpfast.grad_sample import (
     refuse_coupling,
     replace_batchnorm,
 )
+from dpfast.morphology import DPMorph
 from dpfast.ops import ClipStats, Guarantee, NoiseSource, clip_and_noise
 from dpfast.privacy import (
     AlignmentReport,
@@ -25,6 +26,7 @@ __version__ = build_info()["version"]
 __all__ = [
     "AlignmentReport",
     "ClipStats",
+    "DPMorph",
     "Guarantee",
     "NoiseSource",
     "NoisyHistogram",

@@ -1,5 +1,7 @@
 """Grey-scale morphology, and DP-Morph: morphology within the private loss."""
 
+from dpfast.morphology.adaptive import AdaptedMorph, adapt, adapt_nonprivate
+from dpfast.morphology.dp_morph import DPMorph
 from dpfast.morphology.elements import PerChannel, cross, ellipse
 from dpfast.morphology.functional import (
     OPERATIONS,
@@ -12,10 +14,15 @@ from dpfast.morphology.functional import (
     opening,
     top_hat,
 )
+from dpfast.morphology.label_maps import refine
 
 __all__ = [
     "OPERATIONS",
+    "AdaptedMorph",
+    "DPMorph",
     "PerChannel",
+    "adapt",
+    "adapt_nonprivate",
     "apply",
     "black_hat",
     "closing",
@@ -25,5 +32,6 @@ __all__ = [
     "erosion",
     "gradient",
     "opening",
+    "refine",
     "top_hat",
 ]

@@ -18,6 +18,7 @@ __all__ = [
     "OPERATIONS",
     "apply",
     "black_hat",
+    "check_input",
     "closing",
     "dilation",
     "erosion",
@@ -67,7 +68,8 @@ def _per_channel(function: str, name: str, value: Any, channels: int) -> tuple[A
     return value.values
 
 
-def _check(function: str, x: Any) -> None:
+def check_input(function: str, x: Any) -> None:
+    """Refuse what is no batch of images with channels."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{function}: x must be a tensor, got {type(x).__name__}")
     if x.dtype not in _DTYPES:
@@ -95,7 +97,7 @@ def _run(
     border: str,
     border_value: float,
 ) -> torch.Tensor:
-    _check(function, x)
+    check_input(function, x)
     border = _validate.choice(function, "border", border, tuple(BORDERS))
     if isinstance(border_value, bool) or not isinstance(border_value, (int, float)):
         raise TypeError(

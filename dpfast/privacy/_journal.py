@@ -59,6 +59,28 @@ class Journal:
         """The hash over the first `length` records, 1 <= length <= len(self)."""
         return self._hashes[length - 1]
 
+    def check_writable(self) -> None:
+        """Refuse what `append` would refuse, without a record.
+
+        Raises:
+          PrivacyError: as `append`.
+        """
+        if os.getpid() != self._pid:
+            raise PrivacyError(f"{_NAME}: a forked process must not write the ledger")
+        if self._read_only:
+            raise PrivacyError(f"{_NAME}: {self.path} is open for reading only")
+        if self.path is None:
+            return
+        if self._file < 0:
+            raise PrivacyError(
+                f"{_NAME}: {self.path} was closed, or opened again in this process; use one "
+                "PrivacyLedger for all that is released about a data set"
+            )
+        # Closing any other descriptor of the file in this process gives the record lock away.
+        self._take_lock()
+        if os.fstat(self._file).st_size != self._size:
+            raise PrivacyError(f"{_NAME}: {self.path} was changed by somebody else")
+
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a record; when this returns it is on the disk.
 
@@ -67,8 +89,7 @@ class Journal:
           OSError: it could not be written; nothing is appended after that.
         """
         with self._lock:
-            if os.getpid() != self._pid:
-                raise PrivacyError(f"{_NAME}: a forked process must not write the ledger")
+            self.check_writable()
             body = json.dumps(record, sort_keys=True, allow_nan=False)
             digest = self._digest(body)
             if self.path is not None:
@@ -144,17 +165,6 @@ class Journal:
         return whole
 
     def _write(self, line: bytes) -> None:
-        if self._read_only:
-            raise PrivacyError(f"{_NAME}: {self.path} is open for reading only")
-        if self._file < 0:
-            raise PrivacyError(
-                f"{_NAME}: {self.path} was closed, or opened again in this process; use one "
-                "PrivacyLedger for all that is released about a data set"
-            )
-        # Closing any other descriptor of the file in this process gives the record lock away.
-        self._take_lock()
-        if os.fstat(self._file).st_size != self._size:
-            raise PrivacyError(f"{_NAME}: {self.path} was changed by somebody else")
         line += b"\n"
         written = os.write(self._file, line)
         if written != len(line):

@@ -207,6 +207,14 @@ class PrivacyLedger:
             )
         self._append({"type": "release", "mechanism": mechanism, "steps": steps, "spends": spends})
 
+    def check_writable(self) -> None:
+        """Refuse a ledger that takes no entries, before the data are touched that they are about.
+
+        Raises:
+          PrivacyError: it was only read, closed, opened elsewhere or changed by somebody else.
+        """
+        self._journal.check_writable()
+
     def plan(self, description: Mapping[str, Any]) -> None:
         """Note the budget that a run sets itself, so that its continuation finds it."""
         self._append({"type": "plan", "plan": dict(description)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,7 +43,11 @@ def mean_foreground_dice(
 
 
 def validation_dice(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], num_classes: int
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    num_classes: int,
+    *,
+    refine: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> float:
     """The mean foreground Dice of a model's predictions.
 
@@ -51,6 +55,8 @@ def validation_dice(
       model: from images to scores (N, num_classes, *spatial); its training mode is kept.
       batches: of "image" and "label", such as a DataLoader over `make_dataset`.
       num_classes: background included.
+      refine: what is done to the predicted class maps (N, 1, *spatial), such as
+        `dpfast.morphology.refine`.
 
     Raises:
       ValueError: no image.
@@ -63,6 +69,8 @@ def validation_dice(
         with torch.no_grad():
             for batch in batches:
                 predictions = model(batch["image"].to(device)).argmax(1, keepdim=True)
+                if refine is not None:
+                    predictions = refine(predictions)
                 labels = batch["label"].to(device)
                 total += len(labels) * mean_foreground_dice(predictions, labels, num_classes)
                 count += len(labels)

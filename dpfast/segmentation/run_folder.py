@@ -20,8 +20,9 @@ class RunFolder:
     """Files of one run; each is whole or not there, whenever the process is killed.
 
     settings.toml: the settings as given. ledger.jsonl: what was released, by the privacy engine.
-    checkpoint.pt: where a continuation starts. metrics.jsonl: a line per epoch. At the end model.pt
-    and, last, report.json.
+    morphology.json: element sizes that were measured on the training masks, if any; what was
+    released is not released again. checkpoint.pt: where a continuation starts. metrics.jsonl: a
+    line per epoch. At the end model.pt and, last, report.json.
 
     Args:
       settings: of the run; with the same, an existing folder is continued. A ledger alone may be
@@ -44,18 +45,27 @@ class RunFolder:
 
     def start(self, settings_file: Path) -> None:
         """Copy the settings, which binds the folder to them; nothing where that was done."""
-        if not self._settings.is_file():
+        if not self.started:
             text = settings_file.read_bytes()
             write_atomically(self._settings, lambda file: file.write(text))
+
+    @property
+    def started(self) -> bool:
+        """Whether the folder is bound to its settings."""
+        return self._settings.is_file()
 
     @property
     def _settings(self) -> Path:
         return self.path / "settings.toml"
 
+    @property
+    def _morphology(self) -> Path:
+        return self.path / "morphology.json"
+
     def _foreign(self) -> list[Path]:
         # Hidden: what a killed process had not finished.
         files = [file for file in self.path.iterdir() if not file.name.startswith(".")]
-        return [file for file in files if file != self.ledger]
+        return [file for file in files if file not in (self.ledger, self._morphology)]
 
     @property
     def ledger(self) -> Path:
@@ -64,11 +74,16 @@ class RunFolder:
 
     def report(self) -> dict[str, Any] | None:
         """What a finished run wrote; None before that."""
-        file = self.path / "report.json"
-        if not file.is_file():
-            return None
-        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return report
+        return _json(self.path / "report.json")
+
+    def morphology(self) -> dict[str, Any] | None:
+        """What `write_morphology` wrote; None before that."""
+        return _json(self._morphology)
+
+    def write_morphology(self, released: Mapping[str, Any]) -> None:
+        """Keep what was measured on the training masks."""
+        text = json.dumps(released, indent=2, allow_nan=False) + "\n"
+        write_atomically(self._morphology, lambda file: file.write(text.encode()))
 
     def checkpoint(self, device: torch.device) -> dict[str, Any] | None:
         """The last checkpoint, None where there is none.
@@ -131,6 +146,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.fsync(folder)  # the new name, too
     finally:
         os.close(folder)
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
 
 
 def _flat(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:

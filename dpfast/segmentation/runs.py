@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from dpfast.privacy import PrivacyEngine
+from dpfast.privacy import PrivacyEngine, PrivacyLedger
 from dpfast.segmentation.settings import PrivacySettings
 from dpfast.segmentation.task import SegmentationTask
 
@@ -85,7 +84,7 @@ class PrivateRun(Run):
         task: SegmentationTask,
         privacy: PrivacySettings,
         epochs: int,
-        ledger: Path,
+        ledger: PrivacyLedger,
     ) -> None:
         super().__init__(model, optimizer, criterion)
         self._delta: Any = privacy.target_delta

@@ -6,12 +6,20 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from dpfast.morphology.dp_morph import OPERATION_NAMES, check_operation, check_size
 from dpfast.privacy import NoisyHistogram, PercentilePaper, PrivateQuantile
 from dpfast.privacy.thresholds import Threshold
 from dpfast.segmentation._extras import needs_extra
 
 with needs_extra("dpfast train"):
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+    from pydantic import (
+        BaseModel,
+        ConfigDict,
+        Field,
+        PlainValidator,
+        ValidationError,
+        model_validator,
+    )
 
     if sys.version_info >= (3, 11):
         import tomllib
@@ -19,10 +27,14 @@ with needs_extra("dpfast train"):
         import tomli as tomllib
 
 __all__ = [
+    "AdaptiveMorphology",
     "DataSettings",
+    "FixedMorphology",
     "ImageData",
     "ModelSettings",
+    "MorphologySettings",
     "NiftiData",
+    "NoMorphology",
     "OutputSettings",
     "PhantomData",
     "PrivacySettings",
@@ -223,6 +235,88 @@ class PrivacySettings(_Table):
         return self
 
 
+def _operation(value: Any) -> str:
+    try:
+        return check_operation("morphology", value)
+    except (TypeError, ValueError):
+        raise ValueError(f"must be one of {', '.join(OPERATION_NAMES)}") from None
+
+
+def _size(value: Any) -> int | tuple[int, ...]:
+    try:
+        return check_size("morphology", "size", value)
+    except (TypeError, ValueError):
+        raise ValueError("must be a whole number >= 1, or one for each of 2 or 3 axes") from None
+
+
+Operation = Annotated[str, PlainValidator(_operation)]
+Size = Annotated[int | tuple[int, ...], PlainValidator(_size)]
+
+
+class NoMorphology(_Table):
+    """The loss sees the network's scores."""
+
+    kind: Literal["none"]
+    refine_predictions: Literal[False] = False
+
+
+class ClassMorphology(_Table):
+    """What is done to one class."""
+
+    operation: Operation
+    size: Size
+
+
+class FixedMorphology(_Table):
+    """The loss sees the scores after `dpfast.DPMorph`, whose settings are public.
+
+    Attributes:
+      per_class: by the class's number, for classes with operations and sizes of their own.
+      all_channels: the background's scores are changed as well, as in the code published with
+        the paper.
+      refine_predictions: predicted class maps are refined likewise before their Dice is taken. By
+        default the network is judged by what it predicts alone, as in that code.
+    """
+
+    kind: Literal["fixed"]
+    operation: Operation = "closing"
+    size: Size = 3
+    per_class: dict[Annotated[str, Field(pattern="^[1-9][0-9]*$")], ClassMorphology] = {}
+    footprint: Literal["box", "ellipse", "cross"] = "box"
+    all_channels: bool = False
+    refine_predictions: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> FixedMorphology:
+        if self.all_channels and self.refine_predictions:
+            raise ValueError(
+                "refine_predictions must be false with all_channels: in a class map the background "
+                "follows from the other classes"
+            )
+        return self
+
+
+class AdaptiveMorphology(_Table):
+    """The same with sizes from the training masks, by `dpfast.morphology.adapt`.
+
+    Attributes:
+      noise_multiplier: of the measurement, whose cost is part of epsilon.
+      refine_predictions: see `FixedMorphology`.
+    """
+
+    kind: Literal["adaptive"]
+    noise_multiplier: Positive
+    operation: Operation = "opening_closing"
+    fixed_size: Count = 3
+    kappa: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    max_octaves: Annotated[float, Field(gt=0.0, le=15.0)] = 6.0
+    footprint: Literal["box", "ellipse", "cross"] = "box"
+    refine_predictions: bool = False
+
+
+MorphologySettings = NoMorphology | FixedMorphology | AdaptiveMorphology
+
+
 class OutputSettings(_Table):
     """The run folder."""
 
@@ -236,6 +330,9 @@ class Settings(_Table):
     model: ModelSettings = ModelSettings()
     training: TrainingSettings
     privacy: PrivacySettings
+    morphology: Annotated[MorphologySettings, Field(discriminator="kind")] = NoMorphology(
+        kind="none"
+    )
     output: OutputSettings
 
     @model_validator(mode="after")
@@ -243,6 +340,12 @@ class Settings(_Table):
         nameless = isinstance(self.data, ImageData) and self.data.patient_column is None
         if nameless and self.privacy.privacy_unit == "patient":
             raise ValueError("privacy_unit 'patient' needs data.patient_column, of index.csv")
+        measured = isinstance(self.morphology, AdaptiveMorphology)
+        if measured and not (self.privacy.private and self.privacy.privacy_unit == "patient"):
+            raise ValueError(
+                "morphology.kind 'adaptive' needs privacy.private = true and privacy_unit "
+                "'patient', whose masks it measures"
+            )
         return self
 
 
@@ -270,6 +373,7 @@ def load_settings(path: Path) -> Settings:
 _KINDS = {
     *("phantoms", "images", "nifti"),
     *("fixed", "private_quantile", "histogram", "percentile_paper"),
+    *("none", "adaptive"),
 }
 
 

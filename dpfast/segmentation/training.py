@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,13 +13,15 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from dpfast import _native
+from dpfast.privacy import PrivacyLedger
 from dpfast.segmentation._extras import needs_extra
 from dpfast.segmentation.data import Data, load_data
 from dpfast.segmentation.losses import per_sample_loss
 from dpfast.segmentation.metrics import validation_dice
 from dpfast.segmentation.models import build_model
 from dpfast.segmentation.run_folder import RunFolder
-from dpfast.segmentation.runs import PlainRun, PrivateRun, Run
+from dpfast.segmentation.run_morphology import RunMorphology, prepare_morphology
+from dpfast.segmentation.runs import Criterion, PlainRun, PrivateRun, Run
 from dpfast.segmentation.settings import (
     PrivacySettings,
     Settings,
@@ -124,17 +126,23 @@ def train(path: Path, observer: Observer) -> dict[str, Any]:
         weights_seed=settings.model.weights_seed,
     ).to(device)
     average = WeightAverage(model, settings.training.averaging)
-    run = _start(model, data, settings, folder)
+    ledger = PrivacyLedger(folder.ledger) if settings.privacy.private else None
+    morphology = prepare_morphology(settings, data, folder, ledger)
+    run = _start(model, data, settings, ledger, _criterion(morphology))
     folder.start(path)
     metrics = _resume(folder, run, average, device)
     summary = data.summary(settings.privacy.privacy_unit)
     observer.started(summary, run.steps, run.total_steps)
-    _take_steps(run, average, data, folder, metrics, observer)
+
+    def validate() -> float:
+        return _validate(average, data, morphology)
+
+    _take_steps(run, average, validate, folder, metrics, observer)
     if metrics and metrics[-1]["step"] == run.steps:
         dice = metrics[-1]["validation_dice"]
     else:  # no step was left after those lost
-        dice = _validate(average, data)
-    report = _report(run, average, summary, dice)
+        dice = validate()
+    report = {**_report(run, average, summary, dice), "morphology": morphology.report}
     folder.write_results(average.model.state_dict(), report)
     return report
 
@@ -156,18 +164,27 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _start(model: nn.Module, data: Data, settings: Settings, folder: RunFolder) -> Run:
+def _criterion(morphology: RunMorphology) -> Criterion:
     with needs_extra("train"):
         from monai.losses.dice import DiceCELoss
-    criterion = per_sample_loss(
-        DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
-    )
+    loss = per_sample_loss(DiceCELoss(include_background=False, to_onehot_y=True, softmax=True))
+    morph = morphology.morph
+    return loss if morph is None else lambda scores, labels: loss(morph(scores), labels)
+
+
+def _start(
+    model: nn.Module,
+    data: Data,
+    settings: Settings,
+    ledger: PrivacyLedger | None,
+    criterion: Criterion,
+) -> Run:
     optimizer = _optimizer(model, settings.training)
     privacy, epochs = settings.privacy, settings.training.epochs
-    if not privacy.private:
+    if ledger is None:
         return PlainRun(model, optimizer, criterion, data.training, privacy, epochs)
     return PrivateRun(
-        model, optimizer, criterion, data.training, data.task, privacy, epochs, folder.ledger
+        model, optimizer, criterion, data.training, data.task, privacy, epochs, ledger
     )
 
 
@@ -201,7 +218,7 @@ def _resume(
 def _take_steps(
     run: Run,
     average: WeightAverage,
-    data: Data,
+    validate: Callable[[], float],
     folder: RunFolder,
     metrics: list[dict[str, Any]],
     observer: Observer,
@@ -219,7 +236,7 @@ def _take_steps(
                         "epoch": run.steps // run.steps_per_epoch,
                         "step": run.steps,
                         "epsilon": run.epsilon(),
-                        "validation_dice": _validate(average, data),
+                        "validation_dice": validate(),
                     }
                 )
                 folder.write_checkpoint(_checkpoint(run, average, metrics))
@@ -245,10 +262,10 @@ def _checkpoint(
     return state
 
 
-def _validate(average: WeightAverage, data: Data) -> float:
+def _validate(average: WeightAverage, data: Data, morphology: RunMorphology) -> float:
     # A generator of its own, for a DataLoader draws from it: training goes on as without this.
     batches = DataLoader(data.validation, batch_size=EVALUATION_BATCH, generator=torch.Generator())
-    return validation_dice(average.model, batches, data.task.num_classes)
+    return validation_dice(average.model, batches, data.task.num_classes, refine=morphology.refine)
 
 
 def _report(

@@ -382,3 +382,18 @@ def test_checkpoint_of_lost_entries_or_of_another_run_is_refused(tmp_path):
         other.load_state_dict(state)
     with pytest.raises(ValueError, match="state must be of format"):
         other.load_state_dict({})
+
+
+def test_a_ledger_that_takes_no_entries_says_so_before_one(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    for ledger in (PrivacyLedger(), PrivacyLedger(path)):
+        ledger.check_writable()
+    with pytest.raises(PrivacyError, match="open for reading only"):
+        PrivacyLedger.read(path).check_writable()
+    ledger.close()
+    with pytest.raises(PrivacyError, match="was closed"):
+        ledger.check_writable()
+    other = PrivacyLedger(path)
+    path.write_bytes(path.read_bytes() + b"{}\n")
+    with pytest.raises(PrivacyError, match="changed by somebody else"):
+        other.check_writable()

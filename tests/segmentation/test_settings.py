@@ -73,6 +73,52 @@ def test_thresholds_are_what_the_engine_takes(tmp_path, threshold, built):
     assert settings.privacy.threshold.build() == built
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (None, {"kind": "none", "refine_predictions": False}),
+        ({"kind": "none"}, {"kind": "none"}),
+        (
+            {"kind": "fixed"},
+            {"operation": "closing", "size": 3, "per_class": {}, "refine_predictions": False},
+        ),
+        (
+            {
+                "kind": "fixed",
+                "operation": "open",
+                "size": [3, 5],
+                "footprint": "cross",
+                "refine_predictions": True,
+                "per_class": {"2": {"operation": "both", "size": 7}},
+            },
+            {
+                "operation": "opening",
+                "size": (3, 5),
+                "footprint": "cross",
+                "refine_predictions": True,
+                "per_class": {"2": {"operation": "opening_closing", "size": 7}},
+            },
+        ),
+        (
+            {"kind": "adaptive", "noise_multiplier": 5, "kappa": 0.25, "fixed_size": 7},
+            {
+                "noise_multiplier": 5.0,
+                "kappa": 0.25,
+                "fixed_size": 7,
+                "max_octaves": 6.0,
+                "operation": "opening_closing",
+            },
+        ),
+    ],
+)
+def test_morphology_is_read_as_written(tmp_path, written, read):
+    changes = {"privacy.privacy_unit": "patient"}
+    if written is not None:
+        changes["morphology"] = written
+    found = load(tmp_path, changes).morphology.model_dump()
+    assert {name: found[name] for name in read} == read
+
+
 def test_paper_threshold_takes_the_place_of_the_bound(tmp_path):
     paper = {"kind": "percentile_paper", "percentile": 75.0}
     settings = load(tmp_path, {"privacy.threshold": paper, "privacy.max_grad_norm": None})
@@ -111,6 +157,55 @@ def test_paper_threshold_takes_the_place_of_the_bound(tmp_path):
         ({"model.name": "vnet"}, "model.name: .*got 'vnet'"),
         ({"training.averaging": 1.0}, "training.averaging: .*got 1.0"),
         ({"data": {**FOLDER, "kind": "dicom"}}, "data: .*'kind'"),
+        ({"morphology": {"kind": "fixd"}}, "morphology: .*'none', 'fixed', 'adaptive'"),
+        (
+            {"morphology": {"kind": "fixed", "operation": "opn"}},
+            "morphology.operation: must be one of open, close, both, .*got 'opn'",
+        ),
+        (
+            {"morphology": {"kind": "fixed", "size": 0}},
+            "morphology.size: must be a whole number >= 1, or one for each .*got 0",
+        ),
+        (
+            {"morphology": {"kind": "fixed", "size": [3, 2.5]}},
+            r"morphology.size: must be a whole number >= 1.*got \[3, 2.5\]",
+        ),
+        (
+            {"morphology": {"kind": "fixed", "footprint": "disk"}},
+            "morphology.footprint: .*got 'disk'",
+        ),
+        (
+            {"morphology": {"kind": "fixed", "per_class": {"0": {"operation": "open", "size": 3}}}},
+            "morphology.per_class.0.*pattern",
+        ),
+        (
+            {"morphology": {"kind": "fixed", "per_class": {"1": {"operation": "open"}}}},
+            "morphology.per_class.1.size: must be given",
+        ),
+        (
+            {"morphology": {"kind": "fixed", "noise_multiplier": 5.0}},
+            "morphology.noise_multiplier: there is no such setting",
+        ),
+        (
+            {"morphology": {"kind": "none", "refine_predictions": True}},
+            "morphology.refine_predictions: .*got True",
+        ),
+        (
+            {"morphology": {"kind": "adaptive"}, "privacy.privacy_unit": "patient"},
+            "morphology.noise_multiplier: must be given",
+        ),
+        (
+            {"morphology": {"kind": "adaptive", "noise_multiplier": 0.0}},
+            "morphology.noise_multiplier: .*greater than 0, got 0.0",
+        ),
+        (
+            {"morphology": {"kind": "adaptive", "noise_multiplier": 5.0, "kappa": 1.5}},
+            "morphology.kappa: .*less than or equal to 1, got 1.5",
+        ),
+        (
+            {"morphology": {"kind": "adaptive", "noise_multiplier": 5.0, "max_octaves": 16.0}},
+            "morphology.max_octaves: .*less than or equal to 15, got 16.0",
+        ),
         # Missing.
         ({"privacy": None}, "privacy: must be given"),
         ({"privacy.expected_batch_size": None}, "privacy.expected_batch_size: must be given"),
@@ -118,6 +213,21 @@ def test_paper_threshold_takes_the_place_of_the_bound(tmp_path):
         ({"privacy.max_grad_norm": None}, "privacy: max_grad_norm must be given"),
         ({"privacy.noise_multiplier": None}, "privacy: one of target_epsilon and noise_multiplier"),
         # At odds with one another.
+        (
+            {"morphology": {"kind": "adaptive", "noise_multiplier": 5.0}},
+            "the file: morphology.kind 'adaptive' needs privacy.private = true and privacy_unit",
+        ),
+        (
+            {
+                "morphology": {"kind": "adaptive", "noise_multiplier": 5.0},
+                "privacy": WITHOUT_PRIVACY,
+            },
+            "the file: morphology.kind 'adaptive' needs privacy.private = true",
+        ),
+        (
+            {"morphology": {"kind": "fixed", "all_channels": True, "refine_predictions": True}},
+            "morphology: refine_predictions must be false with all_channels",
+        ),
         ({"privacy.target_epsilon": 8.0}, "privacy: one of target_epsilon and noise_multiplier"),
         ({"privacy.max_samples_per_unit": 2}, "privacy: max_samples_per_unit has no effect"),
         ({"privacy.threshold": {"kind": "percentile_paper"}}, "privacy: max_grad_norm has no eff"),

@@ -1,0 +1,201 @@
+"""The morphology of a training run: of its settings, or measured on its masks once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import dp_accounting
+import torch
+
+from dpfast.errors import PrivacyError
+from dpfast.morphology import DPMorph, adapt
+from dpfast.morphology.label_maps import refine_by
+from dpfast.privacy import PrivacyLedger, accounting
+from dpfast.segmentation.data import Data
+from dpfast.segmentation.run_folder import RunFolder
+from dpfast.segmentation.settings import AdaptiveMorphology, FixedMorphology, Settings
+from dpfast.segmentation.task import SegmentationTask
+
+__all__ = ["RunMorphology", "prepare_morphology"]
+
+
+@dataclass(frozen=True)
+class RunMorphology:
+    """What is done to scores before the loss, and to predictions.
+
+    Attributes:
+      morph: between scores and loss; None: nothing.
+      refine: of predicted class maps (N, 1, *spatial); None: nothing.
+      report: the settings that were used, and what was released; JSON-able.
+    """
+
+    morph: DPMorph | None
+    refine: Callable[[torch.Tensor], torch.Tensor] | None
+    report: dict[str, Any]
+
+
+def prepare_morphology(
+    settings: Settings, data: Data, folder: RunFolder, ledger: PrivacyLedger | None
+) -> RunMorphology:
+    """The morphology that the settings ask for.
+
+    Adaptive sizes are released once: the folder keeps them, and a continuation takes them from
+    there. Their cost is in the ledger before, so that a target epsilon covers it.
+
+    Args:
+      settings: of the run.
+      data: whose training masks are measured.
+      folder: of the run.
+      ledger: of the run; None without privacy.
+
+    Raises:
+      ValueError: settings that do not fit the task, or leave nothing of the target epsilon.
+      PrivacyError: a folder that has lost what was released.
+    """
+    chosen, task = settings.morphology, data.task
+    released: dict[str, Any] = {}
+    if isinstance(chosen, FixedMorphology):
+        morph = _fixed(chosen, task)
+    elif isinstance(chosen, AdaptiveMorphology):
+        if ledger is None:
+            raise PrivacyError(
+                "morphology: kind 'adaptive' needs a private run, which has a ledger"
+            )
+        released = _released(settings, chosen, data, folder, ledger)
+        sizes = released["sizes"]
+        morph = DPMorph(
+            per_class=[None, *((chosen.operation, sizes[str(c)]) for c in _foreground(task))],
+            footprint=chosen.footprint,
+        )
+    else:
+        return RunMorphology(None, None, {"kind": chosen.kind})
+    report: dict[str, Any] = {
+        "kind": chosen.kind,
+        "classes": {
+            str(c): {"operation": operation, "size": size}
+            for c, (operation, size) in enumerate(morph.refinements(task.num_classes))
+        },
+        "footprint": morph.footprint,
+        "refine_predictions": chosen.refine_predictions,
+    }
+    for name in ("fell_back", "noisy_counts"):
+        if name in released:
+            report[name] = released[name]
+    refine = None
+    if chosen.refine_predictions:
+
+        def refine(mask: torch.Tensor) -> torch.Tensor:
+            return refine_by(morph, mask, task.num_classes)
+
+    return RunMorphology(morph, refine, report)
+
+
+def _foreground(task: SegmentationTask) -> range:
+    return range(1, task.num_classes)
+
+
+def _fixed(chosen: FixedMorphology, task: SegmentationTask) -> DPMorph:
+    beyond = [name for name in chosen.per_class if int(name) not in _foreground(task)]
+    if beyond:
+        raise ValueError(
+            f"morphology.per_class must name classes from 1 to {task.num_classes - 1}, got "
+            f"{beyond[0]}"
+        )
+    per_class = {int(name): (each.operation, each.size) for name, each in chosen.per_class.items()}
+    for size in (chosen.size, *(size for _, size in per_class.values())):
+        if isinstance(size, tuple) and len(size) != task.spatial_dims:
+            raise ValueError(
+                f"morphology.size must have {task.spatial_dims} axes like the images, got "
+                f"{list(size)}"
+            )
+    return DPMorph(
+        chosen.operation,
+        chosen.size,
+        per_class,
+        background=None if chosen.all_channels else 0,
+        footprint=chosen.footprint,
+    )
+
+
+def _released(
+    settings: Settings,
+    chosen: AdaptiveMorphology,
+    data: Data,
+    folder: RunFolder,
+    ledger: PrivacyLedger,
+) -> dict[str, Any]:
+    """What the folder keeps of a measurement, which is made where there is none."""
+    # JSON, as what it is compared with.
+    measured = {
+        name: table.model_dump(mode="json", exclude={"refine_predictions"})
+        for name, table in (("data", settings.data), ("morphology", chosen))
+    }
+    kept = folder.morphology()
+    if kept is not None and kept["ledger"] == ledger.run and kept["settings"] == measured:
+        return kept
+    if folder.started:
+        raise PrivacyError(
+            f"morphology: {folder.path} must have the morphology.json that its run began with, and "
+            "the ledger that counts it; start a new run folder"
+        )
+    _refuse_overspending(settings, chosen, ledger)
+    dataset: Any = data.training
+    result = adapt(
+        _Labels(dataset),
+        [record["patient_id"] for record in dataset.data],
+        num_classes=data.task.num_classes,
+        noise_multiplier=chosen.noise_multiplier,
+        ledger=ledger,
+        fixed_size=chosen.fixed_size,
+        operation=chosen.operation,
+        kappa=chosen.kappa,
+        max_octaves=chosen.max_octaves,
+        footprint=chosen.footprint,
+    )
+    assert result.noisy_counts is not None
+    released = {
+        "ledger": ledger.run,
+        "settings": measured,
+        "sizes": _by_name(result.sizes),
+        "fell_back": list(result.fell_back),
+        "noisy_counts": _by_name(result.noisy_counts),
+    }
+    folder.write_morphology(released)
+    return released
+
+
+def _refuse_overspending(
+    settings: Settings, chosen: AdaptiveMorphology, ledger: PrivacyLedger
+) -> None:
+    """Find out before the release that it would leave nothing to train with."""
+    target, delta = settings.privacy.target_epsilon, settings.privacy.target_delta
+    if target is None or delta is None:
+        return
+    event = dp_accounting.GaussianDpEvent(chosen.noise_multiplier)
+    cost = accounting.epsilon([*ledger.spent(), (event, 1)], delta)
+    if cost >= target:
+        raise ValueError(
+            "morphology.noise_multiplier must leave something of privacy.target_epsilon, "
+            f"{target:g}, to train with: with what was spent before, the measurement costs "
+            f"{cost:.4g}"
+        )
+
+
+def _by_name(values: Mapping[int, Any]) -> dict[str, Any]:
+    return {str(number): value for number, value in values.items()}
+
+
+class _Labels:
+    """The label maps of a data set."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        label: torch.Tensor = self._dataset[index]["label"]
+        return label
