@@ -49,13 +49,13 @@ def settings_text(
 ) -> str:
     """The example's settings with another target, other initial weights and another folder."""
     text = (ROOT / "examples" / f"{task}.toml").read_text()
-    text = _set(text, "path", json.dumps(str(data / TASKS[task])))
-    text = _set(text, "folder", json.dumps(str(folder)))
+    text = set_value(text, "path", json.dumps(str(data / TASKS[task])))
+    text = set_value(text, "folder", json.dumps(str(folder)))
     text = text.replace("[model]\n", f"[model]\nweights_seed = {seed}\n")
     if epochs is not None:
-        text = _set(text, "epochs", str(epochs))
+        text = set_value(text, "epochs", str(epochs))
     if epsilon is not None:
-        return _set(text, "target_epsilon", str(epsilon))
+        return set_value(text, "target_epsilon", str(epsilon))
     kept = [
         line
         for line in text[text.index("[privacy]") : text.index("[output]")].splitlines()
@@ -65,7 +65,8 @@ def settings_text(
     return text[: text.index("[privacy]")] + table + text[text.index("[output]") :]
 
 
-def _set(text: str, name: str, value: str) -> str:
+def set_value(text: str, name: str, value: str) -> str:
+    """Settings with another value of one name."""
     changed, count = re.subn(rf"(?m)^{name} = .*$", lambda _: f"{name} = {value}", text)
     if count != 1:
         raise ValueError(f"utility: the settings must have one {name}, got {count}")

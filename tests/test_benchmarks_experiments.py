@@ -34,7 +34,7 @@ def test_settings_of_a_run_are_the_examples_with_another_target(tmp_path, task, 
 
 def test_setting_that_is_not_there_is_an_error():
     with pytest.raises(ValueError, match="must have one epochs, got 0"):
-        utility._set("[training]\n", "epochs", "3")
+        utility.set_value("[training]\n", "epochs", "3")
 
 
 def run(seed, epsilon, dice):

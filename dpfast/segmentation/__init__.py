@@ -1,7 +1,12 @@
 """Segmentation under differential privacy."""
 
 from dpfast.segmentation.losses import PerSampleLoss, per_sample_loss
-from dpfast.segmentation.metrics import mean_foreground_dice, validation_dice
+from dpfast.segmentation.metrics import (
+    ClassScores,
+    class_scores,
+    mean_foreground_dice,
+    validation_dice,
+)
 from dpfast.segmentation.phantoms import phantom_records, phantom_task
 from dpfast.segmentation.records import (
     DatasetDescription,
@@ -14,10 +19,12 @@ from dpfast.segmentation.records import (
 from dpfast.segmentation.task import SegmentationTask, make_dataset
 
 __all__ = [
+    "ClassScores",
     "DatasetDescription",
     "PerSampleLoss",
     "Record",
     "SegmentationTask",
+    "class_scores",
     "image_records",
     "make_dataset",
     "mean_foreground_dice",
