@@ -54,8 +54,9 @@ def draw(experiments: Mapping[str, Experiment], path: Path) -> None:
         at = _widest(label)
         maps = [label]
         for choice in experiment.alike(_CHOICE):
+            model = experiment.run(choice).model
             with torch.no_grad():
-                maps.append(experiment.run(choice).model(image[None]).argmax(1)[0])
+                maps.append(model(image[None]).argmax(1)[0])
         background = _plane(image[0], at)
         names = CLASSES[task]
         for column, found in enumerate(maps):
