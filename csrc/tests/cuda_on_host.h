@@ -13,6 +13,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -95,6 +96,8 @@ class Block {
 inline Block* Block::current_block = nullptr;
 inline Index current_block_index, current_grid;
 inline bool backwards = false;
+inline std::vector<char> dynamic_shared;
+inline int most_shared_bytes = 96 << 10;  // of a block
 
 inline Index thread_index() { return {static_cast<unsigned>(Block::current_block->active())}; }
 
@@ -116,6 +119,35 @@ inline double __shfl_xor_sync(unsigned, double value, int offset) {
   block->yield();
   return other;
 }
+
+// So do a warp's lanes wait for one another: in a kernel that has none of the block's barriers
+// between them, each warp may then go its own way.
+inline void __syncwarp() { __syncthreads(); }
+
+// Bit l: whether lane l's value satisfies test(value), of values that a double holds.
+template <class Test>
+unsigned lanes_with(double value, const Test& test) {
+  auto* block = ::dpfast::emulation::Block::current_block;
+  const std::size_t me = block->active(), first = me / 32 * 32;
+  block->exchange(me) = value;
+  block->yield();
+  unsigned lanes = 0;
+  for (std::size_t lane = 0; lane < 32; ++lane) {
+    lanes |= test(block->exchange(first + lane)) ? 1u << lane : 0u;
+  }
+  block->yield();
+  return lanes;
+}
+
+inline unsigned __ballot_sync(unsigned, bool value) {
+  return lanes_with(value ? 1.0 : 0.0, [](double other) { return other != 0.0; });
+}
+
+inline unsigned __match_any_sync(unsigned, int value) {
+  return lanes_with(value, [&](double other) { return other == value; });
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 template <class T>
 T atomicAdd(T* address, T value) {
@@ -152,11 +184,25 @@ void launch(const char*, void (*kernel)(Parameters...), int blocks, int threads,
   }
 }
 
+inline char* dynamic_shared() { return emulation::dynamic_shared.data(); }
+
+template <class... Parameters, class... Arguments>
+void launch_with_shared(const char* name, void (*kernel)(Parameters...), int blocks, int threads,
+                        int shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+  if (shared_bytes > emulation::most_shared_bytes) std::abort();  // a launch would fail
+  // Just as large, for tools that watch the heap; what a block finds there is nothing to rely on.
+  emulation::dynamic_shared.assign(static_cast<std::size_t>(shared_bytes), '\x5a');
+  emulation::dynamic_shared.shrink_to_fit();
+  launch(name, kernel, blocks, threads, stream, arguments...);
+}
+
 }  // namespace dpfast::cuda
 
 // The parts of the CUDA runtime that the launcher calls.
-inline cudaError_t fake_attribute(int* value, cudaDeviceAttr, int) {
-  *value = 2;
+inline cudaError_t fake_attribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin
+               ? dpfast::emulation::most_shared_bytes
+               : 2;
   return cudaSuccess;
 }
 #define cudaDeviceGetAttribute fake_attribute
