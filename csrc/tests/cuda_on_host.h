@@ -5,10 +5,13 @@
 #pragma once
 
 #define DPFAST_CUDA_ON_HOST 1
+// Its longjmp takes a jump to another stack for a mistake.
+#undef _FORTIFY_SOURCE
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -43,19 +46,24 @@ class Block {
     current_block = this;
     body_ = &body;
     live_ = static_cast<int>(threads_.size());
-    for (std::size_t i = 0; i < threads_.size(); ++i) start(threads_[i]);
+    for (Thread& thread : threads_) thread.done = false;
     // A round runs every live thread to its next barrier, in one order or the other.
     while (live_ > 0) {
       for (std::size_t i = 0; i < threads_.size(); ++i) {
         active_ = backwards_ ? threads_.size() - 1 - i : i;
-        if (!threads_[active_].done) swapcontext(&main_, &threads_[active_].context);
+        if (!threads_[active_].done) resume(threads_[active_]);
       }
     }
   }
 
-  void yield() { swapcontext(&threads_[active_].context, &main_); }
+  // Jumps, for swapcontext asks the kernel for the signal mask every time.
+  void yield() {
+    if (_setjmp(threads_[active_].place) == 0) _longjmp(main_, 1);
+  }
   std::size_t active() const { return active_; }
   double& exchange(std::size_t thread) { return threads_[thread].exchange; }
+  double& votes(std::size_t thread, int turn) { return threads_[thread].votes[turn]; }
+  int next_turn(std::size_t thread) { return threads_[thread].turn ^= 1; }
 
   static Block* current_block;
 
@@ -64,30 +72,41 @@ class Block {
 
   struct Thread {
     ucontext_t context;
+    jmp_buf place;
     std::vector<char> stack;
-    double exchange = 0.0;
+    bool started = false;
+    double exchange = 0.0, votes[2] = {0.0, 0.0};
+    int turn = 0;
     bool done = false;
   };
 
-  void start(Thread& thread) {
-    thread.done = false;
+  void resume(Thread& thread) {
+    if (_setjmp(main_) != 0) return;
+    if (thread.started) _longjmp(thread.place, 1);
+    thread.started = true;
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.data();
     thread.context.uc_stack.ss_size = thread.stack.size();
-    thread.context.uc_link = &main_;
     makecontext(&thread.context, &Block::enter, 0);
+    setcontext(&thread.context);
   }
 
+  // A fiber runs its thread of one block after the other.
   static void enter() {
     Block* block = current_block;
-    (*block->body_)();
-    block->threads_[block->active_].done = true;
-    --block->live_;
+    for (;;) {
+      (*block->body_)();
+      Thread& thread = block->threads_[block->active_];
+      thread.done = true;
+      thread.turn = 0;
+      --block->live_;
+      block->yield();
+    }
   }
 
   bool backwards_;
   std::vector<Thread> threads_;
-  ucontext_t main_;
+  jmp_buf main_;
   const std::function<void()>* body_ = nullptr;
   std::size_t active_ = 0;
   int live_ = 0;
@@ -129,13 +148,14 @@ template <class Test>
 unsigned lanes_with(double value, const Test& test) {
   auto* block = ::dpfast::emulation::Block::current_block;
   const std::size_t me = block->active(), first = me / 32 * 32;
-  block->exchange(me) = value;
+  // Two places in turn: a lane that is ahead writes the other one while this is read.
+  const int turn = block->next_turn(me);
+  block->votes(me, turn) = value;
   block->yield();
   unsigned lanes = 0;
   for (std::size_t lane = 0; lane < 32; ++lane) {
-    lanes |= test(block->exchange(first + lane)) ? 1u << lane : 0u;
+    lanes |= test(block->votes(first + lane, turn)) ? 1u << lane : 0u;
   }
-  block->yield();
   return lanes;
 }
 
