@@ -79,7 +79,8 @@ struct Elements {
 
 // --- problems ---
 
-int pick_reach(int n) {
+int pick_reach(int n, bool near) {
+  if (near) return pick(4);
   const int kind = pick(8);
   if (kind == 0) return 0;
   if (kind == 1) return pick(4 * n + 2);  // further than the image, several times
@@ -87,7 +88,7 @@ int pick_reach(int n) {
   return pick(5);
 }
 
-MorphologyStage pick_stage(const Morphology& call, bool boxes) {
+MorphologyStage pick_stage(const Morphology& call, bool boxes, bool near) {
   MorphologyStage stage{};
   stage.dilate = pick(2) == 0;
   stage.kind = boxes ? ElementKind::kBox : static_cast<ElementKind>(pick(3));
@@ -95,8 +96,8 @@ MorphologyStage pick_stage(const Morphology& call, bool boxes) {
   for (int axis = 0; axis < kSpatialAxes; ++axis) {
     if (axis == 0 && call.size[0] == 1) continue;
     const int n = static_cast<int>(call.size[axis]);
-    stage.low[axis] = -pick_reach(n);
-    stage.high[axis] = symmetric ? -stage.low[axis] : pick_reach(n);
+    stage.low[axis] = -pick_reach(n, near);
+    stage.high[axis] = symmetric ? -stage.low[axis] : pick_reach(n, near);
     if (stage.kind != ElementKind::kBox) {
       stage.low[axis] = std::max<std::int64_t>(stage.low[axis], axis == 2 ? -600 : -9);
       stage.high[axis] = std::min<std::int64_t>(stage.high[axis], axis == 2 ? 600 : 9);
@@ -134,14 +135,15 @@ MorphologyStage pick_stage(const Morphology& call, bool boxes) {
 
 MorphologyProgram pick_program(const Morphology& call) {
   MorphologyProgram program;
-  const bool boxes = pick(2) == 0;
+  // Near boxes share a launch.
+  const bool near = pick(3) == 0, boxes = near || pick(2) == 0;
   const int kind = pick(4), terms = kind == 0 ? 2 : kind == 1 ? 1 + pick(3) : 1;
   for (int t = 0; t < terms; ++t) {
     MorphologyTerm term{};
     term.sign = pick(3) == 0 ? -1 : 1;
     if (terms == 1 || pick(3) != 0) {
-      const int stages = 1 + (pick(3) == 0 ? pick(4) : pick(2));
-      for (int s = 0; s < stages; ++s) term.stages.push_back(pick_stage(call, boxes));
+      const int stages = 1 + pick(near || pick(3) == 0 ? 4 : 2);
+      for (int s = 0; s < stages; ++s) term.stages.push_back(pick_stage(call, boxes, near));
     }
     program.push_back(term);
   }
@@ -181,6 +183,10 @@ Morphology pick_call() {
   call.size[0] = volumes ? 1 + pick(7) : 1;
   for (int axis = 1; axis < kSpatialAxes; ++axis) call.size[axis] = 1 + pick(volumes ? 14 : 40);
   if (pick(12) == 0) call.size[2] = 200 + pick(300);  // several tiles of a row
+  if (pick(12) == 0) {                                // windows that no tile holds
+    call.size[1] = 150 + pick(150);
+    call.size[2] = 1 + pick(9);
+  }
   call.border = static_cast<Border>(pick(6));
   call.border_value = pick(3) == 0 ? std::numeric_limits<double>::infinity() * (pick(2) ? 1 : -1)
                                    : 0.5 * pick(5) - 1.0;
@@ -312,7 +318,7 @@ void cuda_equals_cpu(int trial) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int trials = argc > 1 ? std::stoi(argv[1]) : 240;
+  const int trials = argc > 1 ? std::stoi(argv[1]) : 300;
   for (int trial = 0; trial < trials && dpfast::tests::failures() < 20; ++trial) {
     cuda_equals_cpu(trial);
   }

@@ -10,7 +10,10 @@ from dpfast.morphology import PerChannel, ellipse
 
 pytestmark = pytest.mark.gpu
 OPERATIONS = ("dilation", "erosion", "opening", "closing", "gradient", "top_hat", "black_hat")
-BORDERS = ("geodesic", "constant", "reflect", "mirror", "nearest", "wrap")
+BORDERS = {
+    border: {"border": border, "border_value": 0.5} if border == "constant" else {"border": border}
+    for border in ("geodesic", "constant", "reflect", "mirror", "nearest", "wrap")
+}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -63,11 +66,9 @@ def check_equals_cpu(x, cuda, operation, size=None, **told):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("border", list(BORDERS))
 def test_cuda_equals_cpu_for_every_operation_and_border(operation, border, cuda):
-    check_equals_cpu(
-        make_image(2, 3, 70, 131), cuda, operation, (5, 4), border=border, border_value=0.5
-    )
+    check_equals_cpu(make_image(2, 3, 70, 131), cuda, operation, (5, 4), **BORDERS[border])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,16 +87,16 @@ def test_cuda_equals_cpu_for_windows_of_every_size(size, dtype, cuda):
     check_equals_cpu(x, cuda, "dilation", (1, size), border="constant")
 
 
-@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("border", list(BORDERS))
 @pytest.mark.parametrize("size", [3, (2, 5, 9), 21])
 def test_cuda_equals_cpu_for_volumes(size, border, cuda):
-    check_equals_cpu(make_image(1, 2, 20, 33, 40), cuda, "closing", size, border=border)
+    check_equals_cpu(make_image(1, 2, 20, 33, 40), cuda, "closing", size, **BORDERS[border])
 
 
-@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("border", list(BORDERS))
 def test_cuda_equals_cpu_for_flat_and_additive_elements(border, cuda):
     x = make_image(2, 2, 90, 77)
-    told = {"border": border, "border_value": -0.5}
+    told = BORDERS[border]
     check_equals_cpu(x, cuda, "closing", footprint=ellipse(13), **told)
     check_equals_cpu(x, cuda, "top_hat", footprint=ellipse((61, 40)), **told)
     structure = torch.linspace(-1.0, 1.0, 35).reshape(5, 7)
