@@ -9,7 +9,7 @@
 
 namespace dpfast::cuda {
 
-constexpr int kOutputsPerThread = 8;
+constexpr int kOutputsPerThread = 4;
 constexpr int kElementOutputs = kOutputsPerThread * kMorphologyThreads;  // of a tile, at most
 constexpr int kElementLevels = 12;  // runs of up to 2^12 - 1 positions; longer ones are cut
 // By value in kernel parameters (4 KB of them, and 32,764 bytes from CUDA 12.1 on): no copy whose

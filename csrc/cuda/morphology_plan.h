@@ -23,8 +23,9 @@ constexpr double kMostItemsPerOutput = 4.5;
 constexpr double kMostItemsPerElementOutput = 8.0;
 // Outputs of a tile: between these, so that every multiprocessor gets several tiles.
 constexpr int kLeastOutputs = 1024, kMostOutputs = 16384;
-constexpr int kTilesPerProcessor = 4;
-constexpr int kMostRun = 512;  // positions; longer runs are cut
+constexpr int kTilesPerProcessor = 8;
+constexpr int kTileCost = 1024;  // items in whose time a block finds its place and waits
+constexpr int kMostRun = 512;    // positions; longer runs are cut
 
 struct Span {
   int before[kSpatialAxes], after[kSpatialAxes];
@@ -45,10 +46,11 @@ inline std::int64_t buffer_items(const int* tile, const Span& span) {
   return items;
 }
 
-// The tile whose region is the smallest in proportion, of those whose two buffers fit.
+// The tile with the least to do per output, of those whose two buffers fit.
 inline Tile best_tile(const std::int64_t* size, const Span& span, std::int64_t item_bytes,
                       std::int64_t shared_bytes, int most_outputs) {
   Tile best;
+  double least = best.items_per_output;
   for (int w = 8; w <= 256; w *= 2) {
     for (int h = 1; h <= 128; h *= 2) {
       for (int d = 1; d <= 32; d *= 2) {
@@ -62,9 +64,10 @@ inline Tile best_tile(const std::int64_t* size, const Span& span, std::int64_t i
         }
         const std::int64_t items = buffer_items(tile, span);
         if (outputs > most_outputs || 2 * items * item_bytes > shared_bytes) continue;
-        const double ratio = static_cast<double>(items) / static_cast<double>(outputs);
-        if (ratio >= best.items_per_output) continue;
-        best.items_per_output = ratio;
+        const double cost = static_cast<double>(items + kTileCost) / static_cast<double>(outputs);
+        if (cost >= least) continue;
+        least = cost;
+        best.items_per_output = static_cast<double>(items) / static_cast<double>(outputs);
         std::copy(tile, tile + kSpatialAxes, best.size);
       }
     }
@@ -167,39 +170,40 @@ class Planner {
     int axes = 0;
     for (int axis = 0; axis < kSpatialAxes; ++axis) axes += trivial(box, axis) ? 0 : 1;
     if (axes == 0) return;
-    if (!launches_.empty() && !launches_.back().element) {
-      Boxes boxes = launches_.back().boxes;
-      if (boxes.count < kStagesPerLaunch && may_continue(boxes.stages[boxes.count - 1])) {
-        boxes.stages[boxes.count++] = box;
-        const PlannedLaunch before = launches_.back();
-        launches_.pop_back();
-        if (add_boxes(boxes, kMostItemsPerOutput)) return;
-        launches_.push_back(before);
-      }
-    }
+    if (joins(box)) return;
     Boxes boxes{};
     boxes.stages[boxes.count++] = box;
-    if (axes > 1) {
-      if (add_boxes(boxes, kMostItemsPerOutput)) return;
-      for (int axis = kSpatialAxes - 1; axis >= 0; --axis) {
-        BoxStage part{};
-        part.dilate = box.dilate;
-        part.low[axis] = box.low[axis];
-        part.high[axis] = box.high[axis];
-        add_box_alone(part);
-      }
-      return;
+    if (axes == 1) return add_window(box);
+    if (add_boxes(boxes, kMostItemsPerOutput)) return;
+    for (int axis = kSpatialAxes - 1; axis >= 0; --axis) {
+      BoxStage part{};
+      part.dilate = box.dilate;
+      part.low[axis] = box.low[axis];
+      part.high[axis] = box.high[axis];
+      add_box(part);
     }
-    add_box_alone(box);
+  }
+
+  // Puts a box into the launch before it, where that is worth it.
+  bool joins(const BoxStage& box) {
+    if (launches_.empty() || launches_.back().element) return false;
+    const PlannedLaunch before = launches_.back();
+    Boxes boxes = before.boxes;
+    if (boxes.count == kStagesPerLaunch || !may_continue(boxes.stages[boxes.count - 1])) {
+      return false;
+    }
+    boxes.stages[boxes.count++] = box;
+    launches_.pop_back();
+    if (add_boxes(boxes, kMostItemsPerOutput)) return true;
+    launches_.push_back(before);
+    return false;
   }
 
   // A window along one axis; where no tile holds it, as a flat element.
-  void add_box_alone(const BoxStage& box) {
+  void add_window(const BoxStage& box) {
     Boxes boxes{};
     boxes.stages[boxes.count++] = box;
-    bool any = false;
-    for (int axis = 0; axis < kSpatialAxes; ++axis) any = any || !trivial(box, axis);
-    if (!any || add_boxes(boxes)) return;
+    if (add_boxes(boxes)) return;
     std::vector<ElementRun> runs;
     for (int d = box.low[0]; d <= box.high[0]; ++d) {
       for (int h = box.low[1]; h <= box.high[1]; ++h) {

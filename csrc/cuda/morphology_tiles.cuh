@@ -12,10 +12,10 @@
 
 namespace dpfast::cuda {
 
-constexpr int kMorphologyThreads = 256;
+constexpr int kMorphologyThreads = 512;
 constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kWarpThreads = 32;
-constexpr int kStagesPerLaunch = 4;
+constexpr int kStagesPerLaunch = 6;
 
 // The channels of one launch, in all samples: [first, first + count) of `channels`.
 struct ChannelRange {
