@@ -84,8 +84,8 @@ __device__ inline Outputs outputs_of(const BackwardTask& task, int axis, int ori
 }
 
 __device__ inline int position_of(const Outputs& outputs, int i, int n) {
-  const int position = outputs.first + i;  // below 2 n
-  return position >= n || position < 0 ? position - n : position;
+  const std::int64_t position = std::int64_t{outputs.first} + i;  // below 2 n
+  return static_cast<int>(position >= n ? position - n : position);
 }
 
 // A tile of the input's gradient, in its place.
@@ -129,15 +129,16 @@ __device__ void collect(const BackwardTask& task, const TileOfSums& tile, const 
     const int d = position_of(outputs[0], static_cast<int>(r / outputs[1].count), task.size[0]);
     const int h = position_of(outputs[1], static_cast<int>(r % outputs[1].count), task.size[1]);
     const int row = (d * task.size[1] + h) * task.size[2];
-    for (int begin = 0; begin < outputs[2].count; begin += kSteps * kWarp) {
+    for (std::int64_t begin = 0; begin < outputs[2].count; begin += kSteps * kWarp) {
       int at[kSteps], place[kSteps];
       Index way[kSteps];
       Sum value[kSteps];
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        const int i = begin + s * kWarp + lane;
-        at[s] = row + position_of(outputs[2], i < outputs[2].count ? i : 0, task.size[2]);
-        way[s] = i < outputs[2].count ? index[at[s]] : kNoSource;
+        const std::int64_t i = begin + s * kWarp + lane;
+        const bool there = i < outputs[2].count;
+        at[s] = row + position_of(outputs[2], there ? static_cast<int>(i) : 0, task.size[2]);
+        way[s] = there ? index[at[s]] : kNoSource;
       }
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
