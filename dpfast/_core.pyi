@@ -91,6 +91,40 @@ def morphology_backward_cpu(
     values: Sequence[float],
     num_threads: int,
 ) -> None: ...
+def morphology_cuda_workspace_bytes(
+    index: int,
+    index_bits: int,
+    dtype: int,
+    shape: Sequence[int],
+    program: Sequence[int],
+    values: Sequence[float],
+    device: int,
+) -> int: ...
+def morphology_cuda(
+    input: int,
+    output: int,
+    index: int,
+    index_bits: int,
+    dtype: int,
+    shape: Sequence[int],
+    program: Sequence[int],
+    values: Sequence[float],
+    workspace: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def morphology_backward_cuda(
+    grad_output: int,
+    grad_input: int,
+    index: int,
+    index_bits: int,
+    dtype: int,
+    shape: Sequence[int],
+    program: Sequence[int],
+    values: Sequence[float],
+    device: int,
+    stream: int,
+) -> None: ...
 def prelu_grad_cpu(
     x: int,
     grad: int,

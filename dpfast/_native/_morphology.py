@@ -28,17 +28,27 @@ def morphology(
       program: from ops/_morphology_program.py.
       values: likewise.
     """
-    _core.morphology_cpu(
-        x.data_ptr(),
-        out.data_ptr(),
+    told = (
         address(index),
         16 if index is None else 8 * index.element_size(),
         DTYPE_CODES[x.dtype],
         _five_axes(x),
         program,
         values,
-        torch.get_num_threads(),
     )
+    if x.device.type == "cuda":
+        device = x.device.index
+        workspace = torch.empty(
+            _core.morphology_cuda_workspace_bytes(*told, device),
+            dtype=torch.uint8,
+            device=x.device,
+        )
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        _core.morphology_cuda(
+            x.data_ptr(), out.data_ptr(), *told, workspace.data_ptr(), device, stream
+        )
+        return
+    _core.morphology_cpu(x.data_ptr(), out.data_ptr(), *told, torch.get_num_threads())
 
 
 def morphology_backward(
@@ -57,7 +67,7 @@ def morphology_backward(
       program: as in `morphology`.
       values: likewise.
     """
-    _core.morphology_backward_cpu(
+    told = (
         grad.data_ptr(),
         grad_input.data_ptr(),
         index.data_ptr(),
@@ -66,8 +76,12 @@ def morphology_backward(
         _five_axes(grad),
         program,
         values,
-        torch.get_num_threads(),
     )
+    if grad.device.type == "cuda":
+        stream = torch.cuda.current_stream(grad.device).cuda_stream
+        _core.morphology_backward_cuda(*told, grad.device.index, stream)
+        return
+    _core.morphology_backward_cpu(*told, torch.get_num_threads())
 
 
 def _five_axes(tensor: torch.Tensor) -> list[int]:
