@@ -1,4 +1,4 @@
-"""Peak memory of a step, above what was held before it.
+"""Peak memory of a step or another call, above what was held before it.
 
 glibc keeps freed memory for later and splits it up. How much differs from process to process: with
 its defaults the peak of one and the same step varied by 15 %, a fixed threshold above which memory
@@ -15,18 +15,26 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from benchmarks._record import ROOT
 from benchmarks._step_task import Case, Step
 
-__all__ = ["Memory", "MemoryRunError", "in_fresh_process", "peak"]
+__all__ = [
+    "Memory",
+    "MemoryRunError",
+    "in_fresh_process",
+    "peak",
+    "peak_of_call",
+    "run_worker",
+]
 
-_STEPS = 3
+_CALLS = 3
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # see proc(5)
@@ -46,11 +54,11 @@ class MemoryRunError(RuntimeError):
 
 @dataclass(frozen=True)
 class Memory:
-    """What a step takes.
+    """What a call takes.
 
     Attributes:
-      bytes: peak over some steps minus the base line.
-      base_bytes: held before: libraries, network, batch, and CUDA's allocations.
+      bytes: peak over some calls minus the base line.
+      base_bytes: held before: libraries, network, inputs, and CUDA's allocations.
       method: where the peak was read. `ru_maxrss` includes the peak of starting up.
     """
 
@@ -85,11 +93,6 @@ def _reset_peak() -> bool:
     return True
 
 
-def _run(step: Step) -> None:
-    for _ in range(_STEPS):
-        step.run(step.task.batch)
-
-
 def peak(step: Step) -> Memory:
     """Peak memory of a step.
 
@@ -101,12 +104,18 @@ def peak(step: Step) -> Memory:
     """
     step.run(step.task.batch.rows(0, 1))
     step.zero_grad()
-    if step.task.device.type == "cuda":
+    return peak_of_call(lambda: step.run(step.task.batch), step.task.device)
+
+
+def peak_of_call(call: Callable[[], object], device: torch.device) -> Memory:
+    """Peak memory of a call, whose like has run before on less, as in `peak`."""
+    if device.type == "cuda":
         gc.collect()
         torch.cuda.synchronize()
         base = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        _run(step)
+        for _ in range(_CALLS):
+            call()
         most = torch.cuda.max_memory_allocated()
         return Memory(most - base, base, "max_memory_allocated")
     _give_back()
@@ -114,7 +123,8 @@ def peak(step: Step) -> Memory:
     method: Method = "VmHWM"
     if not (base and _reset_peak()):
         base, method = _maxrss(), "ru_maxrss"
-    _run(step)
+    for _ in range(_CALLS):
+        call()
     most = _maxrss() if method == "ru_maxrss" else _from_status("VmHWM")
     return Memory(most - base, base, method)
 
@@ -134,14 +144,23 @@ def in_fresh_process(case: Case, contender: str) -> Memory:
     Raises:
       MemoryRunError: the process failed.
     """
-    request = {
-        "case": asdict(case),
-        "contender": contender,
-        "threads": torch.get_num_threads(),
-    }
+    return run_worker("benchmarks._memory_worker", {"case": asdict(case), "contender": contender})
+
+
+def run_worker(module: str, request: dict[str, Any]) -> Memory:
+    """What a worker measures in a process of its own.
+
+    Args:
+      module: the worker; prints `Memory`, or its failure, as its last line.
+      request: what it is told, besides the number of threads.
+
+    Raises:
+      MemoryRunError: the process failed.
+    """
+    request = {**request, "threads": torch.get_num_threads()}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks._memory_worker", json.dumps(request)],
+            [sys.executable, "-m", module, json.dumps(request)],
             cwd=ROOT,
             env={**_SETTINGS, **os.environ},
             capture_output=True,

@@ -8,7 +8,14 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks import _step_tables, _tables, clip_and_noise, step
+from benchmarks import (
+    _morphology_tables,
+    _step_tables,
+    _tables,
+    clip_and_noise,
+    morphology,
+    step,
+)
 from benchmarks._text import TextTable
 
 __all__ = ["OPS", "Op"]
@@ -60,5 +67,14 @@ OPS = {
         _step_tables.TEXT,
         requires=("monai", "einops"),
         peers=("monai", "opacus"),
+    ),
+    morphology.OP: Op(
+        morphology.Settings,
+        morphology.run,
+        _morphology_tables.tables,
+        _morphology_tables.unmeasured,
+        _morphology_tables.TEXT,
+        requires=(),
+        peers=("kornia", "opencv", "scipy"),
     ),
 }

@@ -98,6 +98,11 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _opencv_version() -> str | None:
+    """OpenCV comes in packages with and without windows."""
+    return _version("opencv-python-headless") or _version("opencv-python")
+
+
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     """Device, date, commit and versions, to be saved with the figures.
 
@@ -131,8 +136,11 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         "versions": {
             "dpfast": __version__,
             "torch": torch.__version__,
+            "kornia": _version("kornia"),
             "monai": _version("monai"),
             "opacus": _version("opacus"),
+            "opencv": _opencv_version(),
+            "scipy": _version("scipy"),
             "python": platform.python_version(),
         },
         "build": _native.build_info(),

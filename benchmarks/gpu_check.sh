@@ -56,7 +56,7 @@ DPFAST_CUDA=ON part build 240 "$python" -m pip install --no-build-isolation --no
 
 results=$root/benchmarks/results/unknown-device
 if [ "$failed" -ne 0 ]; then
-  for name in tests memcheck racecheck benchmarks step; do skip "$name" "the build failed"; done
+  for name in tests memcheck racecheck benchmarks step morphology; do skip "$name" "the build failed"; done
 else
   if found=$("$python" -m benchmarks where --device cuda); then results=$found; fi
 
@@ -81,6 +81,7 @@ else
   else
     skip step "MONAI or einops is not installed"
   fi
+  part morphology 180 "$python" -m benchmarks morphology --device cuda --output "$logs" "$@"
 fi
 
 mkdir -p "$results"
@@ -98,7 +99,7 @@ for entry in sys.argv[2:]:
     name, verdict, seconds = entry.rsplit("=", 2)
     summary["parts"][name] = {"verdict": verdict, "seconds": int(seconds)}
 # Tests and rows that need these are left out without them.
-for package in ("einops", "hypothesis", "monai", "opacus"):
+for package in ("einops", "hypothesis", "kornia", "monai", "opacus"):
     if importlib.util.find_spec(package) is None:
         summary["missing_packages"].append(package)
 if (logs / "tests.xml").exists():

@@ -44,7 +44,13 @@ def _load(machine: dict[str, Any]) -> str:
 
 
 def _peers(op: Op, versions: dict[str, str | None]) -> str:
-    names = {"monai": "MONAI", "opacus": "Opacus"}
+    names = {
+        "kornia": "kornia",
+        "monai": "MONAI",
+        "opacus": "Opacus",
+        "opencv": "OpenCV",
+        "scipy": "SciPy",
+    }
     return ", ".join(f"{names[peer]} {versions[peer] or 'not installed'}" for peer in op.peers)
 
 
