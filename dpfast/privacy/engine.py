@@ -364,8 +364,28 @@ class PrivacyEngine:
             multiplier = float(noted["noise_multiplier"])
             mechanism = self._describe(request, plan, multiplier)
             if mechanism == noted["mechanism"]:
+                self._refuse_overspending(request, plan, multiplier, budget)
                 return multiplier
         return None
+
+    def _refuse_overspending(
+        self, request: Request, plan: SamplingPlan, multiplier: float, budget: Mapping[str, Any]
+    ) -> None:
+        """Other releases may have been made since the run was planned: is there enough left?"""
+        event = request.step(multiplier, plan).event()
+        spent = self.ledger.spent(conditional=bool(request.reasons(1.0, self._noise.secure)))
+        own = sum(count for each, count in spent if each == event)
+        others = [(each, count) for each, count in spent if count and each != event]
+        if not others:
+            return
+        pairs = [*others, (event, max(own, budget["spends"]))]
+        total = accounting.epsilon(pairs, budget["target_delta"], accountant=self.accountant)
+        if total > budget["target_epsilon"]:
+            raise PrivacyError(
+                f"{_NAME}: target_epsilon {budget['target_epsilon']:g} must cover what the ledger "
+                "counts beside this run, whose noise was chosen before: together they would cost "
+                f"{total:.4g}"
+            )
 
     def _calibrated(self, request: Request, plan: SamplingPlan, budget: Mapping[str, Any]) -> float:
         # Without a guarantee the noise is what it would be with one.

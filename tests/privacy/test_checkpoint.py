@@ -9,11 +9,19 @@ import random
 import signal
 import time
 
+import dp_accounting
 import pytest
 import torch
 
 import dpfast
-from dpfast import NoiseSource, NoisyHistogram, PrivacyEngine, PrivacyError, PrivateQuantile
+from dpfast import (
+    NoiseSource,
+    NoisyHistogram,
+    PrivacyEngine,
+    PrivacyError,
+    PrivacyLedger,
+    PrivateQuantile,
+)
 from dpfast.privacy import steps as private_steps
 from dpfast.privacy.accounting import TrainingStep, epsilon
 from tests.privacy.helpers import linear, loader_of, make, train, vectors
@@ -124,6 +132,24 @@ def test_interrupted_run_keeps_its_noise_and_its_budget(tmp_path):
     assert again.get_epsilon(DELTA) <= 3.0
     with pytest.raises(PrivacyError, match="the budget is spent"):
         train(model, optimizer, loader)
+
+
+def test_a_release_after_the_start_is_not_forgotten_when_the_run_goes_on(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+
+    def release(noise):
+        ledger = PrivacyLedger(path)
+        event = dp_accounting.GaussianDpEvent(noise)
+        ledger.record(ledger.register(event, privacy_unit="sample", description={"z": noise}))
+
+    release(5.0)  # the noise is chosen with this in mind
+    with_target(path)
+    _, model, optimizer, loader = with_target(path)
+    train(model, optimizer, loader)
+    release(2.0)
+    with pytest.raises(PrivacyError, match="must cover what the ledger counts beside this run"):
+        with_target(path)
+    assert PrivacyLedger.read(path).epsilon(DELTA) < 3.0
 
 
 # --- killed processes ---
