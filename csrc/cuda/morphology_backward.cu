@@ -4,13 +4,12 @@
 // No two additions may meet, and each sum must have one order. A warp owns a tile of the input's
 // gradient, in shared memory, and looks through all outputs within reach of it, row by row, 32 at a
 // time in their order. Where several of these took the same element they are added one after the
-// other, by lane. So there are no atomics, and each sum has the order of the outputs: the CPU's
-// bits as well (under the border "wrap", where the outputs within reach begin in another place, a
-// fixed order of its own).
+// other, by lane. So there are no atomics, and each sum has the order of the outputs (under the
+// border "wrap" the outputs within reach begin in another place, and so does that order).
 //
 // What this costs: an output is looked at by each tile within its reach. Of most of these looks
 // only the index is read, from the cache. Fixed-point sums by atomics would look once, but would
-// write and read eight bytes more per element, need the largest gradient first, and have no place
+// write and read 16 bytes more per element, need the largest gradient first, and have no place
 // for Inf and NaN.
 #include <cuda_runtime.h>
 

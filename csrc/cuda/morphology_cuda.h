@@ -14,8 +14,10 @@ constexpr int kMostMorphologyTerms = 64;  // of a program
 std::int64_t morphology_workspace_bytes(const Morphology& call, int device);
 
 // Enqueue the call on the stream: no allocation, no copy to the host, no synchronisation. Need
-// compute capability 8.0. The same bits in every run, and those of cpu::morphology but for the sign
-// of a zero. Throw std::runtime_error where a launch fails.
+// compute capability 8.0. The same bits in every run. Throw std::runtime_error where a launch
+// fails.
+//
+// Values (but for the sign of a zero) and indices are those of cpu::morphology.
 void morphology(const Morphology& call, void* workspace, int device, void* stream);
 
 // Reads call.index; needs no workspace.

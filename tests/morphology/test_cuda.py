@@ -131,8 +131,9 @@ def test_cuda_gradient_of_inexact_sums_equals_the_cpu_within_rounding(cuda):
         direction = make_image(2, 2, 80, 90, kind="different").to(device)
         out = morphology.closing(leaf, 9)
         results.append(torch.autograd.grad(out, leaf, direction)[0].cpu())
-    # At most 17 * 17 terms each, below 5: two sums of them may differ by that many roundings.
-    torch.testing.assert_close(*results, rtol=0, atol=17 * 17 * 5 * 2**-24)
+    # At most 17 * 17 terms each, below 5: as many roundings of a sum of that many, on both sides.
+    terms = 17 * 17
+    torch.testing.assert_close(*results, rtol=0, atol=2 * terms * (5 * terms) * 2**-24)
 
 
 # --- no synchronisation; streams, graphs ---
