@@ -16,7 +16,7 @@ from dpfast.morphology import ellipse
 __all__ = ["Case", "MemoryCase", "Work", "cases", "memory_cases", "reference"]
 
 _SEED = 20240711
-_STEP = 2.0**-23  # N < 2^24 values this far apart are distinct in float32
+_STEP = 2.0**-23  # N <= 2^25 multiples of it around 0 are distinct in float32
 _LARGEST_GRAD = 8
 
 _IMAGES = (8, 9, 224, 224)

@@ -93,9 +93,9 @@ def _need_float32(work: Work, name: str) -> None:
         raise LeftOutError(f"{name} has no {work.case.dtype}")
 
 
-def _need_box(work: Work, name: str) -> None:
+def _need_box(work: Work) -> None:
     if work.case.element != "box":
-        raise LeftOutError(f"{name} has boxes alone")
+        raise LeftOutError("max-pool has boxes alone")
 
 
 def _imported(module: str, name: str) -> Any:
@@ -199,7 +199,7 @@ def _max_pool_peer(work: Work, name: str, *, by_axis: bool, slow: bool) -> Peer:
 
 
 def _max_pool(work: Work) -> Peer:
-    _need_box(work, "max-pool")
+    _need_box(work)
     kind, comparisons = work.device.type, work.case.comparisons
     if comparisons > _MOST_COMPARISONS[kind]:
         raise LeftOutError("a call takes minutes")
@@ -208,14 +208,15 @@ def _max_pool(work: Work) -> Peer:
 
 
 def _max_pool_by_axis(work: Work) -> Peer:
-    _need_box(work, "max-pool")
+    _need_box(work)
     return _max_pool_peer(work, "max_pool_by_axis", by_axis=True, slow=False)
 
 
 def _need_few(work: Work, sizes: tuple[int, ...]) -> None:
     """Contenders that take seconds are measured on few rows."""
-    if work.case.sizes[1:] or work.case.sizes[0] not in sizes:
-        raise LeftOutError(f"slow, only at {' and '.join(map(str, sizes))}")
+    case = work.case
+    if case.element != "box" or len(case.sizes) > 1 or case.sizes[0] not in sizes:
+        raise LeftOutError(f"slow, only boxes of {' and '.join(map(str, sizes))}")
 
 
 def _kornia(work: Work) -> Peer:
@@ -223,9 +224,9 @@ def _kornia(work: Work) -> Peer:
     case = work.case
     if case.axes != 2:
         raise LeftOutError(f"{name} has no volumes")
-    _need_float32(work, name)
-    _need_box(work, name)
-    if case.sizes[1:]:
+    if case.dtype != "float32":
+        raise LeftOutError(f"{name} is compared in float32")
+    if len(case.sizes) > 1:
         raise LeftOutError(f"{name} has one element for all channels")
     if work.device.type == "cpu":
         _need_few(work, (3,) if case.one_thread else _SLOW_SIZES)
@@ -234,7 +235,8 @@ def _kornia(work: Work) -> Peer:
     available = available_bytes(work.device)
     if needed > available:
         raise LeftOutError(f"needs {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are left")
-    kernel = torch.ones(case.sizes[0], case.sizes[0], device=work.device)
+    box = torch.ones(case.sizes[0], case.sizes[0])
+    kernel = (box if work.footprint is None else work.footprint).to(work.x)
     operation = getattr(module, case.operation)
     return _differentiable(work, name, lambda x: operation(x, kernel), slow=True)
 
@@ -243,7 +245,6 @@ def _scipy(work: Work) -> Peer:
     name = "SciPy"
     _need_cpu(work, name)
     _need_float32(work, name)
-    _need_box(work, name)
     _need_few(work, _SLOW_SIZES)
     module = _imported("scipy.ndimage", name)
     names = {"closing": "grey_closing", "dilation": "grey_dilation"}

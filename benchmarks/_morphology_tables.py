@@ -32,9 +32,9 @@ _KORNIA_TARGET_ON_CUDA = 10.0
 TEXT = """\
 "ms" is dpfast's time on the machine named. "share of bandwidth" is the time to move input and
 output once at the bandwidth measured right before and after, over dpfast's time without a gradient:
-read bandwidth on the CPU, copy bandwidth on CUDA. It can exceed 100 % where they fit in a cache. "x
-/ dpfast" says how many times longer x takes, in the same run and on as many threads; result alone
-in the first table, result and gradient in the second.
+read bandwidth on the CPU, copy bandwidth on CUDA. It can exceed 100 % where they fit in a cache.
+"x / dpfast" says how many times longer x takes, in the same run and on as many threads; result
+alone in the first table, result and gradient in the second.
 
 Everything is checked before it is timed, and exactly: results against the definition, gradients
 against where each of the input's distinct values went. In bfloat16, which has ties, dpfast's
@@ -43,8 +43,8 @@ gradient is compared with its own in float32, and max-pool's is not measured.
 OpenCV is `cv2.morphologyEx` on one plane after the other, into given memory, or with the planes
 shared out among as many threads; the faster of the two counts. "max-pool" is
 `-max_pool(-max_pool(x))` over the whole element, "max-pool by axis" takes one axis after the other.
-kornia takes seconds at 15 and is measured at few sizes on the CPU. SciPy is `grey_closing` on one
-image after the other, on one thread, with the border "nearest", for it has no geodesic one; it is
+kornia is slow on the CPU and measured at few sizes there. SciPy is `grey_closing` on one image
+after the other, on one thread, with the border "nearest", for it has no geodesic one; it is
 compared with dpfast with that border. Where a call takes a second or more (max-pool on large
 elements, kornia, SciPy) there are three rounds, in turn with dpfast.
 

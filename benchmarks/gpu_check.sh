@@ -56,7 +56,9 @@ DPFAST_CUDA=ON part build 240 "$python" -m pip install --no-build-isolation --no
 
 results=$root/benchmarks/results/unknown-device
 if [ "$failed" -ne 0 ]; then
-  for name in tests memcheck racecheck benchmarks step morphology; do skip "$name" "the build failed"; done
+  for name in tests memcheck racecheck benchmarks step morphology; do
+    skip "$name" "the build failed"
+  done
 else
   if found=$("$python" -m benchmarks where --device cuda); then results=$found; fi
 
@@ -81,7 +83,7 @@ else
   else
     skip step "MONAI or einops is not installed"
   fi
-  part morphology 180 "$python" -m benchmarks morphology --device cuda --output "$logs" "$@"
+  part morphology 300 "$python" -m benchmarks morphology --device cuda --output "$logs" "$@"
 fi
 
 mkdir -p "$results"

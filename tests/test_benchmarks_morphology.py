@@ -201,7 +201,7 @@ def test_what_would_take_minutes_or_too_much_memory_is_left_out(monkeypatch):
     with pytest.raises(_morphology_contenders.LeftOutError, match="GiB are left"):
         _morphology_contenders.PEERS["kornia"](work)
     work.case = replace(IMAGES, sizes=(5,))
-    with pytest.raises(_morphology_contenders.LeftOutError, match="only at 3 and 15"):
+    with pytest.raises(_morphology_contenders.LeftOutError, match="only boxes of 3 and 15"):
         _morphology_contenders.PEERS["kornia"](work)
 
 
@@ -219,8 +219,10 @@ def test_inputs_have_distinct_values_of_both_signs():
         x = _morphology_cases.Work(case, CPU).x
         assert x.unique().numel() == case.numel
         assert x.min() < 0 < x.max()
-    largest = max(_morphology_cases.cases("cpu", quick=False), key=lambda case: case.numel)
-    assert largest.numel < 2**24
+    largest = max(case.numel for case in _morphology_cases.cases("cuda", quick=False))
+    assert largest <= 2**25
+    ends = (torch.tensor([0, 1, largest - 2, largest - 1]) - largest // 2) * _morphology_cases._STEP
+    assert ends.unique().numel() == 4
 
 
 def test_rows_are_those_of_the_targets():
