@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import dpfast
 from dpfast.morphology import DPMorph, adapt
-from dpfast.segmentation import class_scores
+from dpfast.segmentation import Labels, class_scores
 from dpfast.segmentation.data import Data, load_data
 from dpfast.segmentation.models import build_model
 from dpfast.segmentation.settings import Settings, load_settings
@@ -48,20 +48,6 @@ class Trained:
 
     model: nn.Module
     record: dict[str, Any]
-
-
-class _Labels:
-    """The label maps of a data set."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        label: torch.Tensor = self._dataset[index]["label"]
-        return label
 
 
 class Experiment:
@@ -167,7 +153,7 @@ class Experiment:
             return DPMorph(OPERATION, FIXED_SIZE), [FIXED_SIZE] * (classes - 1)
         dataset: Any = self.data.training
         adapted = adapt(
-            _Labels(dataset),
+            Labels(dataset),
             [record["patient_id"] for record in dataset.data],
             num_classes=classes,
             noise_multiplier=MEASUREMENT_NOISE,

@@ -16,11 +16,12 @@ from dpfast.segmentation.records import (
     read_dataset_json,
     split_by_patient,
 )
-from dpfast.segmentation.task import SegmentationTask, make_dataset
+from dpfast.segmentation.task import Labels, SegmentationTask, make_dataset
 
 __all__ = [
     "ClassScores",
     "DatasetDescription",
+    "Labels",
     "PerSampleLoss",
     "Record",
     "SegmentationTask",

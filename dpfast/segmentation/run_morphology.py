@@ -16,7 +16,7 @@ from dpfast.privacy import PrivacyLedger, accounting
 from dpfast.segmentation.data import Data
 from dpfast.segmentation.run_folder import RunFolder
 from dpfast.segmentation.settings import AdaptiveMorphology, FixedMorphology, Settings
-from dpfast.segmentation.task import SegmentationTask
+from dpfast.segmentation.task import Labels, SegmentationTask
 
 __all__ = ["RunMorphology", "prepare_morphology"]
 
@@ -143,7 +143,7 @@ def _released(
     _refuse_overspending(settings, chosen, ledger)
     dataset: Any = data.training
     result = adapt(
-        _Labels(dataset),
+        Labels(dataset),
         [record["patient_id"] for record in dataset.data],
         num_classes=data.task.num_classes,
         noise_multiplier=chosen.noise_multiplier,
@@ -185,17 +185,3 @@ def _refuse_overspending(
 
 def _by_name(values: Mapping[int, Any]) -> dict[str, Any]:
     return {str(number): value for number, value in values.items()}
-
-
-class _Labels:
-    """The label maps of a data set."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        label: torch.Tensor = self._dataset[index]["label"]
-        return label

@@ -15,7 +15,7 @@ from dpfast import _validate
 from dpfast.segmentation._extras import needs_extra
 from dpfast.segmentation.records import NIFTI_SUFFIXES, Record
 
-__all__ = ["SegmentationTask", "make_dataset"]
+__all__ = ["Labels", "SegmentationTask", "make_dataset"]
 
 _KEYS = ("image", "label")
 
@@ -244,3 +244,21 @@ def darken_background(image: torch.Tensor) -> torch.Tensor:
     """
     low, median, high = np.percentile(np.asarray(image), (1, 50, 99))
     return -image if median - low > high - median else image
+
+
+class Labels:
+    """The label maps of a data set by number, as `dpfast.morphology.adapt` takes them.
+
+    Args:
+      dataset: of dicts with a "label", such as `make_dataset` gives.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        label: torch.Tensor = self._dataset[index]["label"]
+        return label
