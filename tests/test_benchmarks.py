@@ -259,6 +259,7 @@ def test_interrupted_write_keeps_the_earlier_results(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_command_line_writes_results_from_the_repository_root(tmp_path: Path):
     # A package without its extension module, as in a checkout that was installed elsewhere.
     work = tmp_path / "checkout"

@@ -233,6 +233,7 @@ def test_unused_parameters_are_frozen():
     assert "final_conv_0_1.weight" not in names
 
 
+@pytest.mark.slow
 def test_memory_of_a_fresh_process_counts_what_a_step_holds():
     wide = replace(CASE, size=(256, 256))  # activations of some MiB, far above a page
     found = _memory.in_fresh_process(wide, "ordinary")
@@ -241,6 +242,7 @@ def test_memory_of_a_fresh_process_counts_what_a_step_holds():
     assert found.base_bytes > 2**26
 
 
+@pytest.mark.slow
 def test_a_failure_in_a_fresh_process_is_told():
     pytest.importorskip("opacus")
     with pytest.raises(_memory.MemoryRunError, match=r"^RuntimeError: Output 0 of Backward"):

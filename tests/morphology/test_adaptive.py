@@ -452,6 +452,7 @@ def test_engine_with_the_same_ledger_composes_both():
     assert engine.get_epsilon(DELTA) > accounting.epsilon(events[1:], DELTA)
 
 
+@pytest.mark.slow
 def test_a_target_epsilon_covers_the_measurement():
     ledger = dpfast.PrivacyLedger()
     measure(*cohort(40, 8), noise_multiplier=5.0, ledger=ledger)

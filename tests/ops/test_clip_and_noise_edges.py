@@ -83,6 +83,7 @@ def test_clip_and_noise_without_noise_of_empty_batch_is_zero(device):
     assert all((o == 0).all() for o in out)
 
 
+@pytest.mark.slow
 def test_clip_and_noise_takes_many_small_tensors(device):
     grads = make_grads(3, [(1 + k % 5,) for k in range(700)], device=device)
     check_against_twin(grads, **PLAIN)

@@ -106,6 +106,7 @@ def test_truncation_without_a_known_bound_is_refused(step):
         step.event()
 
 
+@pytest.mark.slow
 def test_calibrated_noise_is_that_of_the_specification():
     found = calibrate(lambda z: [(TrainingStep(z, 0.01, 1000).event(), 1000)], 2.0, DELTA)
     assert found == pytest.approx(0.9591, abs=5e-5)
@@ -113,6 +114,7 @@ def test_calibrated_noise_is_that_of_the_specification():
     assert 2.0 * 0.999 < epsilon([(step, 1000)], DELTA) <= 2.0
 
 
+@pytest.mark.slow
 def test_calibration_counts_what_was_spent_before():
     spent = (GAUSSIAN(4.0), 1)
 

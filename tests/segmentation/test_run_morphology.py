@@ -128,6 +128,7 @@ def test_measured_sizes_are_used_reported_and_counted(tmp_path, seen):
     assert ledger.epsilon(1e-3) == report["privacy"]["epsilon"]
 
 
+@pytest.mark.slow
 def test_a_target_epsilon_covers_the_measurement(tmp_path):
     target = {"privacy.noise_multiplier": None, "privacy.target_epsilon": 2.0}
     report, _, _ = run(tmp_path, {**MEASURED, **target})
