@@ -36,14 +36,14 @@ images that have a class; a class that was not found at all has Dice 0 and the i
 as its distance. Each cell is the mean over the seeds and, in brackets, lowest to highest. ε is
 about adding or removing one patient, at the δ of the heading, and is that of the ledger.
 Settings were not tuned for these data.
-
-![Masks and boundaries](figures/dp_morph.png)
 """
 
 
-def render(results: Sequence[Mapping[str, Any]]) -> str:
-    """The page; `results` are the saved files."""
+def render(results: Sequence[Mapping[str, Any]], *, figure: bool = False) -> str:
+    """The page; `results` are the saved files, `figure` says whether the picture is there."""
     lines = [_PREAMBLE]
+    if figure:
+        lines.append("![Masks and boundaries](figures/dp_morph.png)\n")
     for result in results:
         runs = result["runs"]
         if not runs:

@@ -87,15 +87,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.data is None and not arguments.report:
         parser.error("--data must be given")
+    figure = ROOT / "docs" / "figures" / "dp_morph.png"
     if arguments.figure:
         from benchmarks._dp_morph_figure import draw
 
         experiments = {task: _experiment(task, arguments.data) for task in TASKS}
-        draw(experiments, ROOT / "docs" / "figures" / "dp_morph.png")
+        draw(experiments, figure)
         return 0
     if not arguments.report:
         for task in arguments.task or TASKS:
             _measure(task, arguments)
     saved = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*/dp_morph-*.json"))]
-    (ROOT / "docs" / "dp_morph.md").write_text(render(saved))
+    (ROOT / "docs" / "dp_morph.md").write_text(render(saved, figure=figure.exists()))
     return 0
