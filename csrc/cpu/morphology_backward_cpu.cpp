@@ -13,6 +13,7 @@
 
 #include "cpu/morphology_cpu.h"
 #include "cpu/thread_pool.h"
+#include "math/source_index.h"
 
 namespace dpfast::cpu {
 namespace {
@@ -39,16 +40,35 @@ std::uint16_t narrow(float value) {
   return static_cast<std::uint16_t>(value == value ? rounded : 0x7fc0u);
 }
 
-// sums[i + index[i]] += sign * grad[i] for the outputs i of a channel.
-template <class Grad, class Index, class Sum>
+// From what an index stores to a distance in memory: the same, or looked up.
+struct Same {
+  std::int64_t operator()(std::int64_t stored) const { return stored; }
+};
+
+struct LookedUp {
+  const std::int32_t* middle;
+  std::int64_t operator()(std::int64_t stored) const { return middle[stored]; }
+};
+
+std::vector<std::int32_t> distances(const SourceIndex& index) {
+  std::vector<std::int32_t> all;
+  for (std::int32_t i = -index.middle; i <= index.middle; ++i) {
+    all.push_back(math::source_distance(index, i));
+  }
+  return all;
+}
+
+// sums[i + distance(index[i])] += sign * grad[i] for the outputs i of a channel.
+template <class Grad, class Index, class Sum, class Distance>
 struct Scatter {
   const Grad* grad;
   const Index* index;
+  Distance distance;
   Sum sign;
   Sum* sums;
 
   void take(std::int64_t i) const {
-    if (index[i] != kNoSource<Index>) sums[i + index[i]] += sign * widen(grad, i);
+    if (index[i] != kNoSource<Index>) sums[i + distance(index[i])] += sign * widen(grad, i);
   }
 
   // `kBands` bands of the same length, side by side; then what is left of the last one.
@@ -66,7 +86,7 @@ struct Scatter {
                    std::int64_t high) const {
     for (std::int64_t i = begin; i < end; ++i) {
       if (index[i] == kNoSource<Index>) continue;
-      const std::int64_t source = i + index[i];
+      const std::int64_t source = i + distance(index[i]);
       if (source >= low && source < high) sums[source] += sign * widen(grad, i);
     }
   }
@@ -93,16 +113,16 @@ Bands bands_of(const Morphology& call, int slow) {
   return {1, call.volume()};
 }
 
-template <class Grad, class Index, class Sum>
-void collect(const Morphology& call, std::int64_t channel, const Grad* grad_output,
-             const Bands& bands, const Share& share, Sum* sums) {
+template <class Grad, class Index, class Sum, class Distance>
+void collect(const Morphology& call, Distance distance, std::int64_t channel,
+             const Grad* grad_output, const Bands& bands, const Share& share, Sum* sums) {
   const std::int64_t volume = call.volume(), at = channel * volume;
   const std::int64_t tensor = call.batch * call.channels * volume;
   const Index* index = static_cast<const Index*>(call.index) + at;
   std::fill(sums + share.low, sums + share.high, Sum{0});
   for (const MorphologyTerm& term : call.program(channel % call.channels)) {
-    const Scatter<Grad, Index, Sum> scatter{grad_output + at, index, static_cast<Sum>(term.sign),
-                                            sums};
+    const Scatter<Grad, Index, Sum, Distance> scatter{grad_output + at, index, distance,
+                                                      static_cast<Sum>(term.sign), sums};
     if (term.stages.empty()) {
       for (std::int64_t i = share.low; i < share.high; ++i) {
         sums[i] += scatter.sign * widen(scatter.grad, i);
@@ -130,8 +150,9 @@ void collect(const Morphology& call, std::int64_t channel, const Grad* grad_outp
   }
 }
 
-template <class Grad, class Index, class Sum>
-void run(const Morphology& call, const MorphologyBackward& grads, int num_threads) {
+template <class Grad, class Index, class Sum, class Distance>
+void run(const Morphology& call, const MorphologyBackward& grads, Distance distance,
+         int num_threads) {
   const std::int64_t channels = call.batch * call.channels, volume = call.volume();
   if (channels == 0 || volume == 0) return;
   const Grad* grad_output = static_cast<const Grad*>(grads.grad_output);
@@ -154,7 +175,7 @@ void run(const Morphology& call, const MorphologyBackward& grads, int num_thread
     char* result = static_cast<char*>(grads.grad_input) + channel * volume * sizeof(Grad);
     if (kDirect) sums = reinterpret_cast<Sum*>(result);
     const Share share{low * line, high * line, begin * line, end * line};
-    collect<Grad, Index, Sum>(call, channel, grad_output, bands, share, sums);
+    collect<Grad, Index, Sum>(call, distance, channel, grad_output, bands, share, sums);
     if (!kDirect) {
       std::uint16_t* halves = reinterpret_cast<std::uint16_t*>(result);
       for (std::int64_t i = low * line; i < high * line; ++i) {
@@ -176,24 +197,29 @@ void run(const Morphology& call, const MorphologyBackward& grads, int num_thread
   });
 }
 
-template <class Index>
-void dispatch(const Morphology& call, const MorphologyBackward& grads, int num_threads) {
+template <class Index, class Distance>
+void dispatch(const Morphology& call, const MorphologyBackward& grads, Distance distance,
+              int num_threads) {
   if (call.dtype == DType::kFloat64) {
-    run<double, Index, double>(call, grads, num_threads);
+    run<double, Index, double>(call, grads, distance, num_threads);
   } else if (call.dtype == DType::kFloat32) {
-    run<float, Index, float>(call, grads, num_threads);
+    run<float, Index, float>(call, grads, distance, num_threads);
   } else {
-    run<std::uint16_t, Index, float>(call, grads, num_threads);
+    run<std::uint16_t, Index, float>(call, grads, distance, num_threads);
   }
 }
 
 }  // namespace
 
 void morphology_backward(const Morphology& call, const MorphologyBackward& grads, int num_threads) {
-  if (call.index_bits == 16) {
-    dispatch<std::int16_t>(call, grads, num_threads);
+  const SourceIndex source = math::source_index(call);
+  if (call.index_bits == 32) {
+    dispatch<std::int32_t>(call, grads, Same{}, num_threads);
+  } else if (!source.boxed) {
+    dispatch<std::int16_t>(call, grads, Same{}, num_threads);
   } else {
-    dispatch<std::int32_t>(call, grads, num_threads);
+    const std::vector<std::int32_t> all = distances(source);
+    dispatch<std::int16_t>(call, grads, LookedUp{all.data() + source.middle}, num_threads);
   }
 }
 

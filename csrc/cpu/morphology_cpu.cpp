@@ -119,7 +119,8 @@ struct PlannedTerm {
 
 class Call {
  public:
-  Call(const Morphology& call, int num_threads) : call_(call), threads_(num_threads) {
+  Call(const Morphology& call, int num_threads)
+      : call_(call), source_(math::source_index(call)), threads_(num_threads) {
     for (const MorphologyProgram& program : call.programs) {
       std::vector<PlannedTerm> terms;
       for (const MorphologyTerm& term : program) {
@@ -183,6 +184,7 @@ class Call {
     chain.border_value = call_.border_value;
     chain.dtype = call_.dtype;
     chain.index_bits = call_.index_bits;
+    chain.source = source_;
     return chain;
   }
 
@@ -339,6 +341,7 @@ class Call {
   }
 
   const Morphology& call_;
+  const SourceIndex source_;
   int threads_;
   bool two_planes_ = false;
   std::vector<std::vector<PlannedTerm>> planned_;

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "math/morphology.h"
+#include "math/source_index.h"
 
 namespace dpfast::cpu {
 
@@ -57,6 +58,7 @@ struct Chain {
   void* index;        // with `output`; null: not wanted
   DType dtype;
   int index_bits;
+  SourceIndex source;
   int sign;      // of the chain in the result
   bool add;      // to what `output` holds
   bool negated;  // the items, when the sweep begins

@@ -64,7 +64,7 @@ std::int64_t sum_bytes(const Morphology& call) {
 class Launcher {
  public:
   Launcher(const Morphology& call, const Device& device, void* workspace, cudaStream_t stream)
-      : call_(call), device_(device), stream_(stream) {
+      : call_(call), source_(math::source_index(call)), device_(device), stream_(stream) {
     if (sum_bytes(call) > 0) sums_ = static_cast<float*>(workspace);
     planes_ = static_cast<char*>(workspace) + sum_bytes(call);
   }
@@ -136,6 +136,7 @@ class Launcher {
       tiling.items_out = last ? nullptr : to;
       tiling.output = call_.output;
       tiling.index_bits = call_.index_bits;
+      tiling.source = source_;
       set_tiles(launch, tiling);
       start(launch, tiling, best_so_far, keys);
       if (launch.element && !launch.last) continue;
@@ -196,6 +197,7 @@ class Launcher {
   }
 
   const Morphology& call_;
+  const SourceIndex source_;
   const Device& device_;
   cudaStream_t stream_;
   float* sums_ = nullptr;

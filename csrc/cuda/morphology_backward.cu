@@ -20,6 +20,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/morphology_cuda.h"
 #include "cuda/morphology_items.cuh"
+#include "math/source_index.h"
 
 namespace dpfast::cuda {
 namespace {
@@ -60,6 +61,7 @@ struct BackwardTask {
   std::int64_t batch, channels, first, count;
   const void* grad_output;
   const void* index;
+  SourceIndex source;
   void* grad_input;
   // Bit t of a program's terms: whether they have an index, and their signs.
   std::uint64_t moves, negative;
@@ -130,18 +132,19 @@ __device__ void collect(const BackwardTask& task, const TileOfSums& tile, const 
     const int row = (d * task.size[1] + h) * task.size[2];
     for (std::int64_t begin = 0; begin < outputs[2].count; begin += kSteps * kWarp) {
       int at[kSteps], place[kSteps];
-      Index way[kSteps];
+      Index stored[kSteps];
       Sum value[kSteps];
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         const std::int64_t i = begin + s * kWarp + lane;
         const bool there = i < outputs[2].count;
         at[s] = row + position_of(outputs[2], there ? static_cast<int>(i) : 0, task.size[2]);
-        way[s] = there ? index[at[s]] : kNoSource;
+        stored[s] = there ? index[at[s]] : kNoSource;
       }
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        place[s] = way[s] == kNoSource ? -1 : tile.place(task, at[s] + static_cast<int>(way[s]));
+        const int source = at[s] + math::source_distance(task.source, stored[s]);
+        place[s] = stored[s] == kNoSource ? -1 : tile.place(task, source);
         value[s] = place[s] < 0 ? Sum{0} : sign * widen(grad[at[s]]);
       }
 #pragma unroll
@@ -281,6 +284,7 @@ void morphology_backward(const Morphology& call, const MorphologyBackward& grads
   task.grad_output = grads.grad_output;
   task.grad_input = grads.grad_input;
   task.index = call.index;
+  task.source = math::source_index(call);
   for (std::int64_t end; task.first < call.channels; task.first = end) {
     end = task.first + 1;
     while (end < call.channels &&

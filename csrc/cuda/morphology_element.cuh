@@ -52,6 +52,7 @@ __launch_bounds__(kMorphologyThreads, kBlocksPerMultiprocessor) void morphology_
     const int outputs = region.extent[0] * heights * width;
     // Outputs of this thread: where they are in the image and in shared memory.
     std::int64_t at[kOutputsPerThread];
+    std::int32_t number[kOutputsPerThread];
     int place[kOutputsPerThread];
     Item best[kOutputsPerThread];
 #pragma unroll
@@ -59,10 +60,10 @@ __launch_bounds__(kMorphologyThreads, kBlocksPerMultiprocessor) void morphology_
       const int output = static_cast<int>(threadIdx.x) + r * kMorphologyThreads;
       const int known = output < outputs ? output : 0;
       const int w = known % width, h = known / width % heights, d = known / width / heights;
-      at[r] = (static_cast<std::int64_t>(region.origin[0] + d) * tiling.size[1] + region.origin[1] +
-               h) *
-                  tiling.size[2] +
-              region.origin[2] + w;
+      const std::int64_t depth = region.origin[0] + d, height = region.origin[1] + h;
+      const int column = region.origin[2] + w;
+      at[r] = (depth * tiling.size[1] + height) * tiling.size[2] + column;
+      number[r] = math::source_number(tiling.source, depth, height, column);
       place[r] = d * tiling.plane_items + h * tiling.row_items + w;
       best[r] = Items::outside();
       if (task.best_so_far != nullptr && output < outputs) {
@@ -104,7 +105,8 @@ __launch_bounds__(kMorphologyThreads, kBlocksPerMultiprocessor) void morphology_
 #pragma unroll
     for (int r = 0; r < kOutputsPerThread; ++r) {
       if (static_cast<int>(threadIdx.x) + r * kMorphologyThreads >= outputs) continue;
-      store_item<Items, T>(tiling, region, at[r], negated ? Items::negate(best[r]) : best[r]);
+      store_item<Items, T>(tiling, region, at[r], number[r],
+                           negated ? Items::negate(best[r]) : best[r]);
     }
   }
 }

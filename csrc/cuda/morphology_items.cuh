@@ -44,12 +44,13 @@ struct Values {
   __device__ static Item constant(double value) { return static_cast<Item>(value); }
   __device__ static Item from(Value x, std::int32_t) { return x; }
   __device__ static Value value(Item a) { return a; }
-  __device__ static std::int32_t index(Item) { return -1; }
+  __device__ static std::int32_t number(Item) { return -1; }
   __device__ static Item raise(Item a, double height) { return a + static_cast<Item>(height); }
 };
 
-// The value's sortable bits above, the complement of the index below; one signed comparison. The
-// lowest of all is nothing, index -1 (below: 0) the border's constant.
+// The value's sortable bits above, the complement of its element's number (math/source_index.h)
+// below; one signed comparison. The lowest of all is nothing, number -1 (below: 0) the border's
+// constant.
 struct SingleKeys {
   using Item = std::int64_t;
   using Value = float;
@@ -69,12 +70,12 @@ struct SingleKeys {
   }
   __device__ static Item outside() { return kNothing; }
   __device__ static Item constant(double value) { return pack(static_cast<float>(value), 0); }
-  __device__ static Item from(float x, std::int32_t index) { return pack(x, ~index); }
+  __device__ static Item from(float x, std::int32_t number) { return pack(x, ~number); }
   __device__ static float value(Item a) {
     const Item some = best(a, kLowest);
     return bits_of<float>(math::sortable(static_cast<std::int32_t>(some >> 32)));
   }
-  __device__ static std::int32_t index(Item a) { return ~static_cast<std::int32_t>(a); }
+  __device__ static std::int32_t number(Item a) { return ~static_cast<std::int32_t>(a); }
   __device__ static Item raise(Item a, double height) {
     if (a < kLowest) return a;
     return pack(value(a) + static_cast<float>(height), static_cast<std::int32_t>(a));
@@ -94,7 +95,7 @@ struct SingleKeys {
 
 // The same for doubles, whose keys fill no machine word.
 struct alignas(16) DoubleKey {
-  std::int64_t value, low;  // low: minus the index, INT64_MIN for none
+  std::int64_t value, low;  // low: minus the number, INT64_MIN for none
 };
 
 struct DoubleKeys {
@@ -114,13 +115,13 @@ struct DoubleKeys {
   }
   __device__ static Item outside() { return {INT64_MIN, INT64_MIN}; }
   __device__ static Item constant(double value) { return {key(value), INT64_MIN}; }
-  __device__ static Item from(double x, std::int32_t index) {
-    return {key(x), -static_cast<std::int64_t>(index)};
+  __device__ static Item from(double x, std::int32_t number) {
+    return {key(x), -static_cast<std::int64_t>(number)};
   }
   __device__ static double value(Item a) {
     return bits_of<double>(math::sortable(best(a, {kLowest, INT64_MIN}).value));
   }
-  __device__ static std::int32_t index(Item a) {
+  __device__ static std::int32_t number(Item a) {
     return a.low == INT64_MIN ? -1 : static_cast<std::int32_t>(-a.low);
   }
   __device__ static Item raise(Item a, double height) {

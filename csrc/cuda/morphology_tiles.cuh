@@ -9,6 +9,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/morphology_items.cuh"
+#include "math/source_index.h"
 
 namespace dpfast::cuda {
 
@@ -40,6 +41,7 @@ struct Tiling {
   void* output;
   void* index;
   int index_bits;
+  SourceIndex source;
   int sign;
   // Terms before this one are in the output, or where that is too narrow in `sums`; the last term
   // goes to the output in any case.
@@ -125,7 +127,8 @@ __device__ void load_region(const Tiling& tiling, const Region& region, bool neg
       if (there && column >= 0) {
         const std::int64_t at = line + column;
         item = tiling.input != nullptr
-                   ? Items::from(widen(input[at]), static_cast<std::int32_t>(at))
+                   ? Items::from(widen(input[at]),
+                                 math::source_number(tiling.source, depth, height, column))
                    : items[at];
         if (negated) item = Items::negate(item);
       }
@@ -137,7 +140,7 @@ __device__ void load_region(const Tiling& tiling, const Region& region, bool neg
 // The end of a chain, at element `at` of its channel, or what the next launch goes on with.
 template <class Items, class T>
 __device__ void store_item(const Tiling& tiling, const Region& region, std::int64_t at,
-                           typename Items::Item item) {
+                           std::int32_t number, typename Items::Item item) {
   const std::int64_t volume = volume_of(tiling);
   if (tiling.items_out != nullptr) {
     static_cast<typename Items::Item*>(tiling.items_out)[region.plane * volume + at] = item;
@@ -155,13 +158,13 @@ __device__ void store_item(const Tiling& tiling, const Region& region, std::int6
   }
   if constexpr (Items::kHasIndex) {
     if (tiling.index == nullptr) return;
-    const std::int32_t source = Items::index(item);
-    const std::int32_t way = source - static_cast<std::int32_t>(at);
+    const std::int32_t source = Items::number(item);
+    const std::int32_t stored = math::stored_source(tiling.source, source - number);
     if (tiling.index_bits == 32) {
-      static_cast<std::int32_t*>(tiling.index)[there] = source < 0 ? INT32_MIN : way;
+      static_cast<std::int32_t*>(tiling.index)[there] = source < 0 ? INT32_MIN : stored;
     } else {
       static_cast<std::int16_t*>(tiling.index)[there] =
-          static_cast<std::int16_t>(source < 0 ? INT16_MIN : way);
+          static_cast<std::int16_t>(source < 0 ? INT16_MIN : stored);
     }
   }
 }
@@ -177,12 +180,12 @@ __device__ void store_region(const Tiling& tiling, const Region& region,
     const typename Items::Item* from_row = from + (region.begin[0] + d) * tiling.plane_items +
                                            (region.begin[1] + h) * tiling.row_items +
                                            region.begin[2];
-    const std::int64_t line =
-        (static_cast<std::int64_t>(region.origin[0] + d) * tiling.size[1] + region.origin[1] + h) *
-            tiling.size[2] +
-        region.origin[2];
+    const std::int64_t depth = region.origin[0] + d, height = region.origin[1] + h;
+    const int column = region.origin[2];
+    const std::int64_t line = (depth * tiling.size[1] + height) * tiling.size[2] + column;
+    const std::int32_t number = math::source_number(tiling.source, depth, height, column);
     for (int w = lane; w < region.extent[2]; w += kWarpThreads) {
-      store_item<Items, T>(tiling, region, line + w, from_row[w]);
+      store_item<Items, T>(tiling, region, line + w, number + w, from_row[w]);
     }
   }
 }

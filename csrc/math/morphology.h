@@ -74,8 +74,8 @@ struct Morphology {
   DType dtype;
   const void* input;  // [B, C, D, H, W]
   void* output;       // likewise
-  // Index of the source minus the own one, within a channel: [terms, B, C, D, H, W]. Null where no
-  // gradient is wanted.
+  // Where the source lies (math/source_index.h), within a channel: [terms, B, C, D, H, W]. Null
+  // where no gradient is wanted.
   void* index;
   int index_bits;  // 16 or 32; the lowest number says that the source is the border's constant
 

@@ -175,6 +175,19 @@ double pick_value(int kind) {
   return normal();
 }
 
+int boxes_seen = 0;  // of math/source_index.h
+
+bool fits_16_bits(Morphology call) {
+  call.index = &call;
+  call.index_bits = 16;
+  try {
+    math::source_index(call);
+    return true;
+  } catch (const std::invalid_argument&) {
+    return false;
+  }
+}
+
 Morphology pick_call() {
   Morphology call{};
   call.batch = 1 + pick(2);
@@ -187,6 +200,11 @@ Morphology pick_call() {
     call.size[1] = 150 + pick(150);
     call.size[2] = 1 + pick(9);
   }
+  if (pick(16) == 0) {  // whose sources are far away in memory
+    call.channels = 1;
+    call.size[0] = 8 + pick(3);
+    for (int axis = 1; axis < kSpatialAxes; ++axis) call.size[axis] = 60 + pick(30);
+  }
   call.border = static_cast<Border>(pick(6));
   call.border_value = pick(3) == 0 ? std::numeric_limits<double>::infinity() * (pick(2) ? 1 : -1)
                                    : 0.5 * pick(5) - 1.0;
@@ -197,8 +215,9 @@ Morphology pick_call() {
     call.program_of_channel.push_back(pick(programs));
   }
   set_reach(call);
-  // A channel here has less than 2^15 elements, but for the long rows.
-  call.index_bits = pick(2) && call.volume() < 32768 ? 16 : 32;
+  call.index_bits = pick(3) != 0 && fits_16_bits(call) ? 16 : 32;
+  call.index = &call;  // for the question alone
+  boxes_seen += math::source_index(call).boxed ? 1 : 0;
   return call;
 }
 
@@ -246,6 +265,7 @@ bool close_elements(const Elements& a, const Elements& b, std::int64_t count) {
 template <class Sum>
 Elements sums_in_order(const Morphology& call, const Elements& grad) {
   const std::int64_t volume = call.volume(), count = call.batch * call.channels * volume;
+  const SourceIndex source = math::source_index(call);
   Elements result(grad.dtype, count);
   for (std::int64_t channel = 0; channel < call.batch * call.channels; ++channel) {
     std::vector<Sum> sums(static_cast<std::size_t>(volume), Sum{0});
@@ -255,9 +275,11 @@ Elements sums_in_order(const Morphology& call, const Elements& grad) {
         std::int64_t way = 0;
         const std::int64_t at = chains * count + channel * volume + i;
         if (!term.stages.empty()) {
-          way = call.index_bits == 32 ? static_cast<const std::int32_t*>(call.index)[at]
-                                      : static_cast<const std::int16_t*>(call.index)[at];
-          if (way == (call.index_bits == 32 ? INT32_MIN : INT16_MIN)) continue;
+          const std::int32_t stored = call.index_bits == 32
+                                          ? static_cast<const std::int32_t*>(call.index)[at]
+                                          : static_cast<const std::int16_t*>(call.index)[at];
+          if (stored == (call.index_bits == 32 ? INT32_MIN : INT16_MIN)) continue;
+          way = math::source_distance(source, stored);
         }
         sums[i + way] += static_cast<Sum>(term.sign * grad.at(channel * volume + i));
       }
@@ -352,5 +374,7 @@ int main(int argc, char** argv) {
   for (int trial = 0; trial < trials && dpfast::tests::failures() < 20; ++trial) {
     cuda_equals_cpu(trial);
   }
+  std::printf("morphology_on_host: %d of %d with indices in boxes\n", boxes_seen, trials);
+  DPFAST_CHECK(trials < 300 || boxes_seen > 5);
   return dpfast::tests::report("morphology_on_host");
 }

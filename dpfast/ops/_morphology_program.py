@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -130,10 +131,27 @@ def encode(programs: Sequence[Program], border: str, border_value: float) -> Pla
 
 
 def index_dtype(program: Sequence[int], spatial: Sequence[int]) -> torch.dtype:
-    """The narrower of int16 and int32 that holds every distance between a value and its source."""
+    """The narrower of int16 and int32 that says where a source lies (csrc/math/source_index.h)."""
     sizes = [*[1] * (_AXES - len(spatial)), *spatial]
     reach = [min(far, size - 1) for far, size in zip(program[_REACH], sizes, strict=True)]
     if program[_BORDER] == BORDERS["wrap"]:
         reach = [size - 1 if far else 0 for far, size in zip(reach, sizes, strict=True)]
     furthest = (reach[0] * sizes[1] + reach[1]) * sizes[2] + reach[2]
-    return torch.int16 if furthest < 2**15 else torch.int32
+    narrow = furthest < 2**15 or _fits_box([2 * far + 1 for far in reach], sizes)
+    return torch.int16 if narrow else torch.int32
+
+
+def _fits_box(box: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether 16 bits tell the places of a box apart, with numbers of elements below 2**31."""
+    places = math.prod(box)
+    modulus = next((2**bits for bits in range(1, 17) if places < 2**bits), None)
+    if modulus is None:
+        return False
+    row = _next_like(box[2], sizes[2], modulus)
+    plane = _next_like(box[1] * box[2], sizes[1] * row, modulus)
+    return sizes[0] * plane < 2**31
+
+
+def _next_like(like: int, least: int, modulus: int) -> int:
+    """The first of like, like + modulus, ... that is at least `least`."""
+    return like + max(0, -((like - least) // modulus)) * modulus
