@@ -57,14 +57,16 @@ class Experiment:
       settings_file: an example's; data, network, optimizer, delta, batch size and unit are its.
       path: of the data set.
       epochs: instead of the example's.
+      max_grad_norm: likewise.
     """
 
-    def __init__(self, settings_file: Path, path: Path, epochs: int) -> None:
+    def __init__(self, settings_file: Path, path: Path, epochs: int, max_grad_norm: float) -> None:
         settings = load_settings(settings_file)
         self.settings: Settings = settings.model_copy(
             update={"data": settings.data.model_copy(update={"path": str(path)})}
         )
         self.epochs = epochs
+        self.max_grad_norm = max_grad_norm
         # Noise by target and whether sizes are measured: the same for all rules and seeds.
         self._noise: dict[tuple[float, bool], float] = {}
 
@@ -109,7 +111,7 @@ class Experiment:
                 module=model,
                 optimizer=optimizer,
                 data_loader=DataLoader(dataset, batch_size=privacy.expected_batch_size),
-                max_grad_norm=privacy.max_grad_norm,
+                max_grad_norm=self.max_grad_norm,
                 clipping=choice.rule,
                 privacy_unit=privacy.privacy_unit,
                 privacy_unit_ids="patient_id" if by_patient else None,
@@ -132,6 +134,7 @@ class Experiment:
         record = {
             **{name: getattr(choice, name) for name in ("variant", "rule", "epsilon", "seed")},
             "epochs": self.epochs,
+            "max_grad_norm": self.max_grad_norm,
             "steps": average.count,
             "noise_multiplier": noise,
             "spent_epsilon": epsilon,
