@@ -85,7 +85,8 @@ def test_figure_is_drawn(experiment, tmp_path):
 
 def run(variant, seed, dice):
     return {
-        "variant": variant, "rule": "flat", "epsilon": 3.0, "seed": seed, "epochs": 5, "max_grad_norm": 1.0,
+        "variant": variant, "rule": "flat", "epsilon": 3.0, "seed": seed, "epochs": 5,
+        "max_grad_norm": 1.0,
         "steps": 9, "noise_multiplier": 1.0, "spent_epsilon": 2.9, "delta": 1e-5,
         "unit": "patient", "training_units": 215, "validation_units": 45,
         "sizes": {"none": None, "fixed": [3, 3], "adaptive": [5, 3]}[variant],
