@@ -57,16 +57,16 @@ def draw(experiments: Mapping[str, Experiment], path: Path) -> None:
             model = experiment.run(choice).model
             with torch.no_grad():
                 maps.append(model(image[None]).argmax(1)[0])
-        background = _plane(image[0], at)
+        background = _plane(image[0], at).numpy()
         names = CLASSES[task]
         for column, found in enumerate(maps):
             plane = _plane(found, at)
             mask, outline = axes[2 * row, column], axes[2 * row + 1, column]
-            mask.imshow(_coloured(plane, len(names)), interpolation="nearest")
+            mask.imshow(_coloured(plane, len(names)).numpy(), interpolation="nearest")
             outline.imshow(background, cmap="gray", interpolation="nearest")
             for number in range(1, len(names) + 1):
-                inside = (plane == number).float()
-                if bool(inside.any()):
+                inside = (plane == number).float().numpy()
+                if inside.any():
                     outline.contour(inside, [0.5], colors=_COLOURS[number - 1], linewidths=1.2)
             mask.set_title(_HEADINGS[column])
             for axis in (mask, outline):
