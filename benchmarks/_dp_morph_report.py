@@ -35,8 +35,8 @@ noise (z = 10) is in the ledger: its training has less of ε left. Scores are me
 images that have a class; a class that was not found at all has Dice 0 and the image's diagonal
 as its distance. Each cell is the mean over the seeds and, in brackets, lowest to highest. ε is
 about adding or removing one patient, at the δ of the heading, and is that of the ledger.
-The clipping threshold is about the median norm of a gradient in the first epochs, which these
-public data allow to look up; nothing else was tuned to them.
+The clipping threshold C is about the median norm of a gradient in the first epochs, which these
+public data allow to look up (normalized always scales to 1); nothing else was tuned to them.
 """
 
 
@@ -58,7 +58,7 @@ def render(results: Sequence[Mapping[str, Any]], *, figure: bool = False) -> str
         lines += [
             f"## {result['task']}: {first['training_units']} {first['unit']}s for training, "
             f"{first['validation_units']} for validation, {first['epochs']} epochs, "
-            f"C = {first['max_grad_norm']:g}, δ = {first['delta']:g}\n",
+            f"C = {_threshold(runs):g}, δ = {first['delta']:g}\n",
             f"{result['machine']['device']}; {result['date'][:10]}; commit "
             f"{' and '.join(commits)}; PyTorch {result['versions']['torch']}, MONAI "
             f"{result['versions']['monai']}. Largest ε spent: "
@@ -73,6 +73,11 @@ def render(results: Sequence[Mapping[str, Any]], *, figure: bool = False) -> str
 
 def _commit(commit: Mapping[str, Any]) -> str:
     return f"{(commit['hash'] or '?')[:12]}{', with local changes' if commit['dirty'] else ''}"
+
+
+def _threshold(runs: Sequence[Run]) -> float:
+    found = {run["max_grad_norm"] for run in runs if run["rule"] != "normalized"}
+    return float(max(found, default=1.0))
 
 
 def _sizes(runs: Sequence[Run]) -> str:

@@ -57,7 +57,7 @@ class Experiment:
       settings_file: an example's; data, network, optimizer, delta, batch size and unit are its.
       path: of the data set.
       epochs: instead of the example's.
-      max_grad_norm: likewise.
+      max_grad_norm: likewise; 1 where the rule scales every gradient to that norm.
     """
 
     def __init__(self, settings_file: Path, path: Path, epochs: int, max_grad_norm: float) -> None:
@@ -80,6 +80,7 @@ class Experiment:
         from monai.losses.dice import DiceCELoss
 
         privacy, training, task = self.settings.privacy, self.settings.training, self.data.task
+        threshold = 1.0 if choice.rule == "normalized" else self.max_grad_norm
         dataset: Any = self.data.training
         model = build_model(
             self.settings.model.name,
@@ -111,7 +112,7 @@ class Experiment:
                 module=model,
                 optimizer=optimizer,
                 data_loader=DataLoader(dataset, batch_size=privacy.expected_batch_size),
-                max_grad_norm=self.max_grad_norm,
+                max_grad_norm=threshold,
                 clipping=choice.rule,
                 privacy_unit=privacy.privacy_unit,
                 privacy_unit_ids="patient_id" if by_patient else None,
@@ -134,7 +135,7 @@ class Experiment:
         record = {
             **{name: getattr(choice, name) for name in ("variant", "rule", "epsilon", "seed")},
             "epochs": self.epochs,
-            "max_grad_norm": self.max_grad_norm,
+            "max_grad_norm": threshold,
             "steps": average.count,
             "noise_multiplier": noise,
             "spent_epsilon": epsilon,
