@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -13,68 +14,37 @@ import torch
 
 from dpfast.segmentation.settings import Settings, load_settings
 
-__all__ = ["RunFolder", "write_atomically"]
+__all__ = ["RunFolder", "StateFolder", "write_atomically"]
 
 
-class RunFolder:
-    """Files of one run; each is whole or not there, whenever the process is killed.
+class StateFolder(ABC):
+    """Where a run keeps what must outlive its process; each file is whole or not there.
 
-    settings.toml: the settings as given. ledger.jsonl: what was released, by the privacy engine.
-    morphology.json: element sizes that were measured on the training masks, if any; what was
-    released is not released again. checkpoint.pt: where a continuation starts. metrics.jsonl: a
-    line per epoch. At the end model.pt and, last, report.json.
+    ledger.jsonl: what was released, by the privacy engine. morphology.json: element sizes that were
+    measured on the training masks, if any; what was released is not released again. checkpoint.pt:
+    where a continuation starts.
 
     Args:
-      settings: of the run; with the same, an existing folder is continued. A ledger alone may be
-        there already: it is continued, too.
-
-    Raises:
-      ValueError: the folder holds a run of other settings, or something else.
+      path: created where there is none.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.path = Path(settings.output.folder)
-        if self._settings.is_file():
-            self._refuse_other_settings(settings, load_settings(self._settings))
-        elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
-            raise ValueError(
-                f"output.folder must be a run folder, empty or new, got {self.path}, which holds "
-                "something else"
-            )
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def start(self, settings_file: Path) -> None:
-        """Copy the settings, which binds the folder to them; nothing where that was done."""
-        if not self.started:
-            text = settings_file.read_bytes()
-            write_atomically(self._settings, lambda file: file.write(text))
-
     @property
+    @abstractmethod
     def started(self) -> bool:
-        """Whether the folder is bound to its settings."""
-        return self._settings.is_file()
-
-    @property
-    def _settings(self) -> Path:
-        return self.path / "settings.toml"
+        """Whether something was trained, or may have been."""
 
     @property
     def _morphology(self) -> Path:
         return self.path / "morphology.json"
 
-    def _foreign(self) -> list[Path]:
-        # Hidden: what a killed process had not finished.
-        files = [file for file in self.path.iterdir() if not file.name.startswith(".")]
-        return [file for file in files if file not in (self.ledger, self._morphology)]
-
     @property
     def ledger(self) -> Path:
         """Where the privacy engine keeps its ledger."""
         return self.path / "ledger.jsonl"
-
-    def report(self) -> dict[str, Any] | None:
-        """What a finished run wrote; None before that."""
-        return _json(self.path / "report.json")
 
     def morphology(self) -> dict[str, Any] | None:
         """What `write_morphology` wrote; None before that."""
@@ -106,6 +76,56 @@ class RunFolder:
     def write_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint."""
         write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(dict(state), file))
+
+
+class RunFolder(StateFolder):
+    """Files of one run of `dpfast train`, whenever the process is killed.
+
+    Besides those of every StateFolder, settings.toml: the settings as given; metrics.jsonl: a line
+    per epoch; at the end model.pt and, last, report.json.
+
+    Args:
+      settings: of the run; with the same, an existing folder is continued. A ledger alone may be
+        there already: it is continued, too.
+
+    Raises:
+      ValueError: the folder holds a run of other settings, or something else.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.path = Path(settings.output.folder)
+        if self._settings.is_file():
+            self._refuse_other_settings(settings, load_settings(self._settings))
+        elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
+            raise ValueError(
+                f"output.folder must be a run folder, empty or new, got {self.path}, which holds "
+                "something else"
+            )
+        super().__init__(self.path)
+
+    def start(self, settings_file: Path) -> None:
+        """Copy the settings, which binds the folder to them; nothing where that was done."""
+        if not self.started:
+            text = settings_file.read_bytes()
+            write_atomically(self._settings, lambda file: file.write(text))
+
+    @property
+    def started(self) -> bool:
+        """Whether the folder is bound to its settings."""
+        return self._settings.is_file()
+
+    @property
+    def _settings(self) -> Path:
+        return self.path / "settings.toml"
+
+    def _foreign(self) -> list[Path]:
+        # Hidden: what a killed process had not finished.
+        files = [file for file in self.path.iterdir() if not file.name.startswith(".")]
+        return [file for file in files if file not in (self.ledger, self._morphology)]
+
+    def report(self) -> dict[str, Any] | None:
+        """What a finished run wrote; None before that."""
+        return _json(self.path / "report.json")
 
     def write_metrics(self, metrics: Sequence[Mapping[str, Any]]) -> None:
         """Replace metrics.jsonl by all epochs up to the checkpoint, none twice."""

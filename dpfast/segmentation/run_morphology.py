@@ -14,7 +14,7 @@ from dpfast.morphology import DPMorph, adapt
 from dpfast.morphology.label_maps import refine_by
 from dpfast.privacy import PrivacyLedger, accounting
 from dpfast.segmentation.data import Data
-from dpfast.segmentation.run_folder import RunFolder
+from dpfast.segmentation.run_folder import StateFolder
 from dpfast.segmentation.settings import AdaptiveMorphology, FixedMorphology, Settings
 from dpfast.segmentation.task import Labels, SegmentationTask
 
@@ -37,7 +37,7 @@ class RunMorphology:
 
 
 def prepare_morphology(
-    settings: Settings, data: Data, folder: RunFolder, ledger: PrivacyLedger | None
+    settings: Settings, data: Data, folder: StateFolder, ledger: PrivacyLedger | None
 ) -> RunMorphology:
     """The morphology that the settings ask for.
 
@@ -123,7 +123,7 @@ def _released(
     settings: Settings,
     chosen: AdaptiveMorphology,
     data: Data,
-    folder: RunFolder,
+    folder: StateFolder,
     ledger: PrivacyLedger,
 ) -> dict[str, Any]:
     """What the folder keeps of a measurement, which is made where there is none."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from dpfast.ops import NoiseSource
 from dpfast.privacy import PrivacyEngine, PrivacyLedger
 from dpfast.segmentation.settings import PrivacySettings
 from dpfast.segmentation.task import SegmentationTask
@@ -73,7 +74,17 @@ class Run(ABC):
 
 
 class PrivateRun(Run):
-    """Training by dpfast.PrivacyEngine, which samples, clips, adds noise and keeps the ledger."""
+    """Training by dpfast.PrivacyEngine, which samples, clips, adds noise and keeps the ledger.
+
+    Args:
+      model, optimizer, criterion, dataset, task, privacy: what is trained, how and under which
+        promise.
+      epochs: of the whole run, earlier processes' included.
+      ledger: where the steps are counted.
+      noise: None: keyed by the operating system. A seed makes epsilon infinite.
+      probe: whether to look for samples that mix; a run that goes on in the same process has been
+        looked at.
+    """
 
     def __init__(
         self,
@@ -85,18 +96,20 @@ class PrivateRun(Run):
         privacy: PrivacySettings,
         epochs: int,
         ledger: PrivacyLedger,
+        *,
+        noise: NoiseSource | None = None,
+        probe: bool = True,
     ) -> None:
         super().__init__(model, optimizer, criterion)
         self._delta: Any = privacy.target_delta
-        self._engine = PrivacyEngine(ledger=ledger)
+        self._engine = PrivacyEngine(ledger=ledger, noise=noise)
         by_patient = privacy.privacy_unit == "patient"
         arguments: dict[str, Any] = {
             "module": model,
             "optimizer": optimizer,
             "data_loader": DataLoader(dataset, batch_size=privacy.expected_batch_size),
             "max_grad_norm": privacy.max_grad_norm,
-            "criterion": criterion,
-            "probe": self._probe(task),
+            **({"criterion": criterion, "probe": self._probe(task)} if probe else {}),
             "clipping": privacy.clipping,
             "mechanism": privacy.mechanism,
             "threshold": privacy.threshold.build(),
@@ -131,6 +144,11 @@ class PrivateRun(Run):
             if self.steps > before:
                 before = self.steps
                 yield
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The present threshold, which is public; None where it is a percentile."""
+        return self._engine.max_grad_norm
 
     def epsilon(self) -> float | str:
         """See Run."""

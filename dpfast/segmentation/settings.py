@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from dpfast.morphology.dp_morph import OPERATION_NAMES, check_operation, check_size
 from dpfast.privacy import NoisyHistogram, PercentilePaper, PrivateQuantile
@@ -26,6 +26,9 @@ with needs_extra("dpfast train"):
     else:
         import tomli as tomllib
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = [
     "AdaptiveMorphology",
     "DataSettings",
@@ -35,25 +38,31 @@ __all__ = [
     "MorphologySettings",
     "NiftiData",
     "NoMorphology",
+    "OptimizerSettings",
     "OutputSettings",
     "PhantomData",
     "PrivacySettings",
     "Settings",
+    "Table",
     "TrainingSettings",
     "load_settings",
+    "read_settings",
 ]
 
+TableT = TypeVar("TableT", bound=BaseModel)
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Percentile = Annotated[float, Field(gt=0.0, lt=100.0)]
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
+    """A table of a settings file: unknown names and wrong types are errors."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class PhantomData(_Table):
+class PhantomData(Table):
     """Images that are drawn; see `phantom_records`."""
 
     kind: Literal["phantoms"]
@@ -64,7 +73,7 @@ class PhantomData(_Table):
     validation_fraction: Fraction = 0.2
 
 
-class ImageData(_Table):
+class ImageData(Table):
     """A folder of pictures and masks; see `image_records` and `SegmentationTask`."""
 
     kind: Literal["images"]
@@ -79,7 +88,7 @@ class ImageData(_Table):
     validation_fraction: Fraction = 0.2
 
 
-class NiftiData(_Table):
+class NiftiData(Table):
     """A folder of NIfTI volumes; classes and channels are those of its dataset.json, if any."""
 
     kind: Literal["nifti"]
@@ -97,7 +106,7 @@ class NiftiData(_Table):
 DataSettings = PhantomData | ImageData | NiftiData
 
 
-class ModelSettings(_Table):
+class ModelSettings(Table):
     """A network; see `build_model`."""
 
     name: Literal["unet", "dynunet", "segresnet"] = "unet"
@@ -105,30 +114,38 @@ class ModelSettings(_Table):
     weights_seed: Annotated[int, Field(ge=0)] = 0
 
 
-class TrainingSettings(_Table):
-    """How the weights are trained.
+class OptimizerSettings(Table):
+    """By which steps the weights are trained, and where.
 
     Attributes:
-      averaging: decay of the running average of the weights, which is what is evaluated and kept;
-        0 keeps the last weights. It is post-processing and costs no privacy.
       device: "auto" is CUDA where there is a device.
     """
 
-    epochs: Count
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: Positive
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    averaging: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @model_validator(mode="after")
-    def _check(self) -> TrainingSettings:
+    def _check_momentum(self) -> Self:
         if self.optimizer != "sgd" and "momentum" in self.model_fields_set:
             raise ValueError(f"momentum has no effect with optimizer {self.optimizer!r}")
         return self
 
 
-class FixedThreshold(_Table):
+class TrainingSettings(OptimizerSettings):
+    """How the weights are trained.
+
+    Attributes:
+      averaging: decay of the running average of the weights, which is what is evaluated and kept;
+        0 keeps the last weights. It is post-processing and costs no privacy.
+    """
+
+    epochs: Count
+    averaging: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+
+
+class FixedThreshold(Table):
     """The threshold is max_grad_norm throughout."""
 
     kind: Literal["fixed"]
@@ -138,7 +155,7 @@ class FixedThreshold(_Table):
         return None
 
 
-class PrivateQuantileThreshold(_Table):
+class PrivateQuantileThreshold(Table):
     """See `dpfast.PrivateQuantile`."""
 
     kind: Literal["private_quantile"]
@@ -153,7 +170,7 @@ class PrivateQuantileThreshold(_Table):
         return PrivateQuantile(**self.model_dump(exclude={"kind"}))
 
 
-class HistogramThreshold(_Table):
+class HistogramThreshold(Table):
     """See `dpfast.NoisyHistogram`."""
 
     kind: Literal["histogram"]
@@ -169,7 +186,7 @@ class HistogramThreshold(_Table):
         return NoisyHistogram(**self.model_dump(exclude={"kind"}))
 
 
-class PercentilePaperThreshold(_Table):
+class PercentilePaperThreshold(Table):
     """See `dpfast.PercentilePaper`: no guarantee, epsilon is infinite."""
 
     kind: Literal["percentile_paper"]
@@ -187,7 +204,7 @@ ThresholdSettings = (
 _OF_EVERY_RUN = {"private", "expected_batch_size", "physical_batch_size"}
 
 
-class PrivacySettings(_Table):
+class PrivacySettings(Table):
     """What is promised and by which mechanism; see `PrivacyEngine.make_private`.
 
     Attributes:
@@ -253,21 +270,21 @@ Operation = Annotated[str, PlainValidator(_operation)]
 Size = Annotated[int | tuple[int, ...], PlainValidator(_size)]
 
 
-class NoMorphology(_Table):
+class NoMorphology(Table):
     """The loss sees the network's scores."""
 
     kind: Literal["none"]
     refine_predictions: Literal[False] = False
 
 
-class ClassMorphology(_Table):
+class ClassMorphology(Table):
     """What is done to one class."""
 
     operation: Operation
     size: Size
 
 
-class FixedMorphology(_Table):
+class FixedMorphology(Table):
     """The loss sees the scores after `dpfast.DPMorph`, whose settings are public.
 
     Attributes:
@@ -296,7 +313,7 @@ class FixedMorphology(_Table):
         return self
 
 
-class AdaptiveMorphology(_Table):
+class AdaptiveMorphology(Table):
     """The same with sizes from the training masks, by `dpfast.morphology.adapt`.
 
     Attributes:
@@ -317,13 +334,13 @@ class AdaptiveMorphology(_Table):
 MorphologySettings = NoMorphology | FixedMorphology | AdaptiveMorphology
 
 
-class OutputSettings(_Table):
+class OutputSettings(Table):
     """The run folder."""
 
     folder: str
 
 
-class Settings(_Table):
+class Settings(Table):
     """All tables of the file. Paths start at the folder in which the command is run."""
 
     data: Annotated[DataSettings, Field(discriminator="kind")]
@@ -350,7 +367,16 @@ class Settings(_Table):
 
 
 def load_settings(path: Path) -> Settings:
+    """Read the settings of `dpfast train`; see `read_settings`."""
+    return read_settings(path, Settings)
+
+
+def read_settings(path: Path, table: type[TableT]) -> TableT:
     """Read a settings file.
+
+    Args:
+      path: of a TOML file.
+      table: what it must hold.
 
     Raises:
       ValueError: it cannot be read, is no TOML, or has an unknown, missing or wrong setting; the
@@ -363,7 +389,7 @@ def load_settings(path: Path) -> Settings:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: settings must be TOML, got {error}") from error
     try:
-        return Settings.model_validate(content)
+        return table.model_validate(content)
     except ValidationError as error:
         lines = [_line(each["loc"], each) for each in error.errors(include_url=False)]
         raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from None

@@ -23,13 +23,23 @@ from dpfast.segmentation.run_folder import RunFolder
 from dpfast.segmentation.run_morphology import RunMorphology, prepare_morphology
 from dpfast.segmentation.runs import Criterion, PlainRun, PrivateRun, Run
 from dpfast.segmentation.settings import (
+    OptimizerSettings,
     PrivacySettings,
     Settings,
-    TrainingSettings,
     load_settings,
 )
 
-__all__ = ["Observer", "WeightAverage", "train"]
+__all__ = [
+    "EVALUATION_BATCH",
+    "NOT_COVERED",
+    "Observer",
+    "WeightAverage",
+    "check_delta",
+    "make_criterion",
+    "make_optimizer",
+    "pick_device",
+    "train",
+]
 
 EVALUATION_BATCH = 16
 # What a reader of the results has to know beside epsilon.
@@ -116,9 +126,9 @@ def train(path: Path, observer: Observer) -> dict[str, Any]:
     finished = folder.report()
     if finished is not None:
         return finished
-    device = _device(settings.training.device)
+    device = pick_device(settings.training.device)
     data = load_data(settings.data)
-    _check_delta(settings.privacy, data)
+    check_delta(settings.privacy, data)
     model = build_model(
         settings.model.name,
         data.task,
@@ -128,7 +138,7 @@ def train(path: Path, observer: Observer) -> dict[str, Any]:
     average = WeightAverage(model, settings.training.averaging)
     ledger = PrivacyLedger(folder.ledger) if settings.privacy.private else None
     morphology = prepare_morphology(settings, data, folder, ledger)
-    run = _start(model, data, settings, ledger, _criterion(morphology))
+    run = _start(model, data, settings, ledger, make_criterion(morphology))
     folder.start(path)
     metrics = _resume(folder, run, average, device)
     summary = data.summary(settings.privacy.privacy_unit)
@@ -147,7 +157,8 @@ def train(path: Path, observer: Observer) -> dict[str, Any]:
     return report
 
 
-def _check_delta(privacy: PrivacySettings, data: Data) -> None:
+def check_delta(privacy: PrivacySettings, data: Data) -> None:
+    """Refuse a delta that is no smaller than one over the number of units."""
     units = data.num_training[privacy.privacy_unit]
     if privacy.target_delta is not None and privacy.target_delta >= 1.0 / units:
         raise ValueError(
@@ -156,7 +167,12 @@ def _check_delta(privacy: PrivacySettings, data: Data) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device of a setting: "auto", "cpu" or "cuda".
+
+    Raises:
+      ValueError: "cuda" where there is none.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -164,7 +180,8 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _criterion(morphology: RunMorphology) -> Criterion:
+def make_criterion(morphology: RunMorphology) -> Criterion:
+    """The loss of each sample, (B,), behind the run's morphology."""
     with needs_extra("train"):
         from monai.losses.dice import DiceCELoss
     loss = per_sample_loss(DiceCELoss(include_background=False, to_onehot_y=True, softmax=True))
@@ -179,7 +196,7 @@ def _start(
     ledger: PrivacyLedger | None,
     criterion: Criterion,
 ) -> Run:
-    optimizer = _optimizer(model, settings.training)
+    optimizer = make_optimizer(model, settings.training)
     privacy, epochs = settings.privacy, settings.training.epochs
     if ledger is None:
         return PlainRun(model, optimizer, criterion, data.training, privacy, epochs)
@@ -188,7 +205,8 @@ def _start(
     )
 
 
-def _optimizer(model: nn.Module, training: TrainingSettings) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, training: OptimizerSettings) -> torch.optim.Optimizer:
+    """The optimizer of the settings."""
     if training.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), lr=training.learning_rate)
     return torch.optim.SGD(
