@@ -6,6 +6,7 @@ import typer
 
 from dpfast.cli.budget import budget
 from dpfast.cli.doctor import doctor
+from dpfast.cli.federate import federate
 from dpfast.cli.train import train
 
 __all__ = ["main"]
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(budget)
 app.command()(doctor)
+app.command()(federate)
 app.command()(train)
 
 

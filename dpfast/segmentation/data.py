@@ -20,7 +20,7 @@ from dpfast.segmentation.records import (
 from dpfast.segmentation.settings import DataSettings, ImageData, NiftiData, PhantomData
 from dpfast.segmentation.task import SegmentationTask, make_dataset
 
-__all__ = ["Data", "load_data"]
+__all__ = ["Data", "find_records", "load_data", "make_data"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,15 @@ def load_data(settings: DataSettings) -> Data:
     Raises:
       ValueError: something is missing or cannot be read.
     """
-    task, records = _task_and_records(settings)
+    return make_data(*find_records(settings), settings)
+
+
+def make_data(task: SegmentationTask, records: Sequence[Record], settings: DataSettings) -> Data:
+    """Split records by patient, and read them as their task says.
+
+    Raises:
+      ValueError: a record cannot be read, or there are too few patients.
+    """
     training, validation = split_by_patient(records, settings.validation_fraction)
     cache = isinstance(settings, PhantomData) or settings.cache
     return Data(
@@ -68,7 +76,12 @@ def load_data(settings: DataSettings) -> Data:
     )
 
 
-def _task_and_records(settings: DataSettings) -> tuple[SegmentationTask, list[Record]]:
+def find_records(settings: DataSettings) -> tuple[SegmentationTask, list[Record]]:
+    """The task, and where its records are.
+
+    Raises:
+      ValueError: something is missing.
+    """
     if isinstance(settings, PhantomData):
         records = phantom_records(
             settings.patients,

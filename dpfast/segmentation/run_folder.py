@@ -8,13 +8,16 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 from dpfast.segmentation.settings import Settings, load_settings
 
-__all__ = ["RunFolder", "StateFolder", "write_atomically"]
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+__all__ = ["RunFolder", "StateFolder", "refuse_other_settings", "write_atomically"]
 
 
 class StateFolder(ABC):
@@ -95,7 +98,7 @@ class RunFolder(StateFolder):
     def __init__(self, settings: Settings) -> None:
         self.path = Path(settings.output.folder)
         if self._settings.is_file():
-            self._refuse_other_settings(settings, load_settings(self._settings))
+            refuse_other_settings(self.path, settings, load_settings(self._settings))
         elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
             raise ValueError(
                 f"output.folder must be a run folder, empty or new, got {self.path}, which holds "
@@ -138,15 +141,21 @@ class RunFolder(StateFolder):
         write_atomically(self.path / "model.pt", lambda file: torch.save(dict(weights), file))
         write_atomically(self.path / "report.json", lambda file: file.write(text.encode()))
 
-    def _refuse_other_settings(self, settings: Settings, before: Settings) -> None:
-        # The folder itself may have been moved.
-        ours, theirs = (_flat(each.model_dump(exclude={"output"})) for each in (settings, before))
-        for name in sorted({**ours, **theirs}):
-            if ours.get(name) != theirs.get(name):
-                raise ValueError(
-                    f"output.folder must be a new folder or one of the same settings, got "
-                    f"{self.path}, where {name} is {theirs.get(name)!r} and not {ours.get(name)!r}"
-                )
+
+def refuse_other_settings(folder: Path, ours: BaseModel, theirs: BaseModel) -> None:
+    """Make sure that a folder is continued with the settings that it was begun with.
+
+    Raises:
+      ValueError: they differ; the message says where.
+    """
+    # The folder itself may have been moved.
+    own, held = (_flat(each.model_dump(exclude={"output"})) for each in (ours, theirs))
+    for name in sorted({**own, **held}):
+        if own.get(name) != held.get(name):
+            raise ValueError(
+                f"output.folder must be a new folder or one of the same settings, got {folder}, "
+                f"where {name} is {held.get(name)!r} and not {own.get(name)!r}"
+            )
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
