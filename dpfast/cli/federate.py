@@ -19,23 +19,37 @@ __all__ = ["federate"]
 
 
 def federate(
-    settings: Annotated[Path, typer.Argument(help="TOML file; see examples/federated_*.toml.")],
+    settings: Annotated[
+        Path | None, typer.Argument(help="TOML file; see examples/federated_*.toml.")
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Phantoms at three sites, by several methods; no data.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder of the demonstration's runs.")] = Path(
+        "runs/federated_demo"
+    ),
 ) -> None:
     """Train one segmentation model at several sites, each patient protected, as SETTINGS says.
 
     Started again with the same settings, an interrupted run goes on where it was.
     """
+    if (settings is None) != demo:
+        raise typer.BadParameter("give either SETTINGS or --demo")
     console = Console()
     try:
         # Here, since the packages of the extra may be missing.
-        from dpfast.federated import training
+        from dpfast.federated.demo import demonstrate
+        from dpfast.federated.training import federate as run
 
         with _Bar(console) as bar:
-            report = training.federate(settings, bar)
+            if settings is None:
+                table = _comparison(demonstrate(output, bar.named))
+            else:
+                table = _table(run(settings, bar))
     except (ValueError, TypeError, ImportError, OSError, PrivacyError, RuntimeError) as error:
         print(f"dpfast federate: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    console.print(_table(report))
+    console.print(table)
 
 
 class _Bar:
@@ -65,11 +79,18 @@ class _Bar:
     ) -> None:
         self._progress.stop()
 
+    def named(self, method: str) -> _Bar:
+        """The same for one of several runs."""
+        self._say(f"[{method}]")
+        return self
+
     def started(self, sites: Iterable[str], rounds_done: int, rounds: int) -> None:
         """See rounds.Observer."""
         self._say(f"sites: {', '.join(sites)}")
         if rounds_done:
             self._say(f"going on after round {rounds_done}")
+        if self._task is not None:
+            self._progress.remove_task(self._task)
         self._task = self._progress.add_task("training", total=rounds, completed=rounds_done)
 
     def finished_round(self, line: Mapping[str, Any]) -> None:
@@ -99,6 +120,22 @@ def _table(report: Mapping[str, Any]) -> Table:
     if privacy["reasons"]:
         table.add_row("because", "; ".join(privacy["reasons"]))
     table.add_row("not covered", privacy["not_covered"])
+    return table
+
+
+def _comparison(reports: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table("method", "validation Dice", "lowest and highest site", "epsilon", "guarantee")
+    for method, report in reports.items():
+        results, privacy = report["results"], report["privacy"]
+        sites = [_mean(each["dice"]) for each in results["sites"].values() if each is not None]
+        known = [each for each in sites if each is not None]
+        table.add_row(
+            method,
+            _shown(_mean(results["scores"]["dice"])),
+            f"{_shown(min(known))} to {_shown(max(known))}" if known else "none",
+            _shown(privacy["epsilon"]),
+            privacy["guarantee"],
+        )
     return table
 
 
