@@ -109,6 +109,12 @@ class Site:
     ) -> None:
         _validate.number("Site", "proximal_mu", proximal_mu, minimum=0.0, maximum=1e6)
         check_delta(settings.privacy, data)
+        units = data.num_training[settings.privacy.privacy_unit]
+        if settings.privacy.expected_batch_size > units:
+            raise ValueError(
+                f"Site: privacy.expected_batch_size must be <= {units}, the number of units of "
+                f"{name}, got {settings.privacy.expected_batch_size}"
+            )
         self.name, self._settings, self._data, self._folder = name, settings, data, folder
         self._local_epochs, self._proximal_mu, self._seed = local_epochs, proximal_mu, seed
         self._device = pick_device(settings.training.device)

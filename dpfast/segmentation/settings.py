@@ -400,6 +400,7 @@ _KINDS = {
     *("phantoms", "images", "nifti"),
     *("fixed", "private_quantile", "histogram", "percentile_paper"),
     *("none", "adaptive"),
+    *("natural", "iid", "dirichlet"),
 }
 
 
