@@ -55,6 +55,7 @@ __all__ = [
 # Flower tells of each round on its own; people see ours.
 logging.getLogger("flwr").setLevel(logging.ERROR)
 
+_LOG = logging.getLogger("dpfast.federated")
 WEIGHT = "weight"
 _ARRAYS, _CONFIG, _METRICS, _SITE = "arrays", "config", "metrics", "site"
 _ROUND = "server-round"
@@ -99,8 +100,11 @@ def client_app(find_site: Callable[[Context], Site]) -> ClientApp:
         try:
             update = site.train(round_number, to_weights(message.content[_ARRAYS]))
         except PrivacyError as error:
-            refused = ConfigRecord({"name": site.name, "status": "refused", "reason": str(error)})
-            return Message(RecordDict({_SITE: refused}), reply_to=message)
+            return _without_weights(message, site.name, "refused", str(error))
+        except Exception as error:
+            # What went wrong may name files or patients: the whole of it is for the site alone.
+            _LOG.exception("%s: round %d failed", site.name, round_number)
+            return _without_weights(message, site.name, "failed", type(error).__name__)
         about: dict[str, Any] = {
             "name": update.site,
             "status": "trained",
@@ -127,6 +131,11 @@ def client_app(find_site: Callable[[Context], Site]) -> ClientApp:
     return app
 
 
+def _without_weights(message: Message, site: str, status: str, reason: str) -> Message:
+    about = ConfigRecord({"name": site, "status": status, "reason": reason})
+    return Message(RecordDict({_SITE: about}), reply_to=message)
+
+
 def read_update(message: Message) -> Update:
     """A site's reply.
 
@@ -136,6 +145,8 @@ def read_update(message: Message) -> Update:
     about = _about(message)
     if about.get("status") == "refused":
         raise PrivacyError(str(about.get("reason")))
+    if about.get("status") == "failed":
+        raise ValueError(f"{about.get('reason')!s}; the site's log has the rest")
     try:
         return Update(
             site=str(about["name"]),

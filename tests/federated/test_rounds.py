@@ -140,7 +140,7 @@ def test_an_answer_that_is_none_is_left_out_and_said_so(tmp_path, weights, reaso
     assert reason in told["reason"]
 
 
-def test_too_few_sites_stop_the_run_and_lose_nothing(tmp_path, weights):
+def test_too_few_sites_stop_the_run_and_lose_nothing(tmp_path, weights, caplog):
     broken = True
 
     def breaks(number, given):
@@ -150,8 +150,10 @@ def test_too_few_sites_stop_the_run_and_lose_nothing(tmp_path, weights):
 
     sites = {"A": Stub("A", moved(1.0)), "B": Stub("B", breaks)}
     rounds = make_rounds(tmp_path, sites, weights)
-    with pytest.raises(MissingSitesError, match=r"round 2 must have 2 sites.*B: OSError: no space"):
+    with pytest.raises(MissingSitesError, match=r"round 2 must have 2 sites.*B: OSError"):
         rounds.run(Quiet())
+    # What it was stays at the site.
+    assert "no space left" in caplog.text
     assert [line["round"] for line in lines_of(tmp_path)] == [1]
     broken = False
     observer = Quiet()

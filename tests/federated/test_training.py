@@ -183,9 +183,7 @@ def test_errors_before_anything_is_trained(tmp_path):
         run(tmp_path / "a", federation={"site_weights": {"site 9": 1.0}})
     with pytest.raises(ValueError, match=r"target_delta must be < 1 / \d+"):
         run(tmp_path / "b", privacy={"target_delta": 0.2})
-    with pytest.raises(
-        ValueError, match=r"expected_batch_size must be <= \d+"
-    ):
+    with pytest.raises(ValueError, match=r"expected_batch_size must be <= \d+"):
         run(tmp_path / "c", privacy={"expected_batch_size": 500})
     for each in "abc":
         assert not list((tmp_path / each / "run").glob("rounds.jsonl"))
