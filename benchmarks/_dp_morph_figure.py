@@ -46,39 +46,43 @@ def draw(experiments: Mapping[str, Experiment], path: Path) -> None:
 
     rows = len(experiments)
     figure, axes = pyplot.subplots(
-        2 * rows, len(_HEADINGS), figsize=(10, 5.4 * rows), squeeze=False, layout="constrained"
+        3 * rows, len(_HEADINGS), figsize=(10, 8.1 * rows), squeeze=False, layout="constrained"
     )
     for row, (task, experiment) in enumerate(experiments.items()):
         sample: Any = experiment.data.validation[0]
         image, label = sample["image"], sample["label"][0]
         at = _widest(label)
-        maps = [label]
+        maps = [(label, label)]
         for choice in experiment.alike(_CHOICE):
-            model = experiment.run(choice).model
+            trained = experiment.run(choice)
             with torch.no_grad():
-                maps.append(model(image[None]).argmax(1)[0])
+                scores = trained.model(image[None])
+                closed = trained.operation(scores)
+            maps.append((scores.argmax(1)[0], closed.argmax(1)[0]))
         background = _plane(image[0], at).numpy()
         names = CLASSES[task]
-        for column, found in enumerate(maps):
-            plane = _plane(found, at)
-            mask, outline = axes[2 * row, column], axes[2 * row + 1, column]
-            mask.imshow(_coloured(plane, len(names)).numpy(), interpolation="nearest")
+        for column, (alone, closed) in enumerate(maps):
+            plane = _plane(closed, at)
+            first, mask, outline = axes[3 * row : 3 * row + 3, column]
+            for axis, shown in ((first, _plane(alone, at)), (mask, plane)):
+                axis.imshow(_coloured(shown, len(names)).numpy(), interpolation="nearest")
             outline.imshow(background, cmap="gray", interpolation="nearest")
             for number in range(1, len(names) + 1):
                 inside = (plane == number).float().numpy()
                 if inside.any():
                     outline.contour(inside, [0.5], colors=_COLOURS[number - 1], linewidths=1.2)
-            mask.set_title(_HEADINGS[column])
-            for axis in (mask, outline):
+            first.set_title(_HEADINGS[column])
+            for axis in (first, mask, outline):
                 axis.set_xticks([])
                 axis.set_yticks([])
-        axes[2 * row, 0].set_ylabel(f"{task}: classes")
-        axes[2 * row + 1, 0].set_ylabel("boundaries")
+        titles = (f"{task}: by itself", "after the closing", "its boundaries")
+        for axis, title in zip(axes[3 * row :, 0], titles, strict=False):
+            axis.set_ylabel(title)
         handles = [
             Line2D([], [], color=colour, label=name, linewidth=4)
             for colour, name in zip(_COLOURS, names, strict=False)
         ]
-        axes[2 * row, -1].legend(
+        axes[3 * row, -1].legend(
             handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False
         )
     figure.suptitle(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 import dpfast
 from dpfast.morphology import DPMorph, adapt
-from dpfast.segmentation import Labels, class_scores
+from dpfast.morphology.label_maps import refine_by
+from dpfast.segmentation import ClassScores, Labels, class_scores
 from dpfast.segmentation.data import Data, load_data
 from dpfast.segmentation.models import build_model
 from dpfast.segmentation.settings import Settings, load_settings
@@ -44,10 +45,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's model, and what is written down about it."""
+    """A run's model, what is written down about it, and what follows the model's scores.
+
+    Attributes:
+      operation: that of the training; the fixed one where there was none.
+    """
 
     model: nn.Module
     record: dict[str, Any]
+    operation: DPMorph
 
 
 class Experiment:
@@ -144,9 +150,9 @@ class Experiment:
             "training_units": self.data.num_training[unit],
             "validation_units": self.data.num_validation[unit],
             "sizes": sizes,
-            "scores": self.scores(average.model),
+            **self.evaluate(average.model, morph),
         }
-        return Trained(average.model.eval(), record)
+        return Trained(average.model.eval(), record, self._operation(morph))
 
     def _morph(self, variant: str, ledger: dpfast.PrivacyLedger) -> tuple[nn.Module, Any]:
         """What stands between scores and loss, and its size for each class."""
@@ -167,21 +173,48 @@ class Experiment:
         )
         return adapted.morph, list(adapted.sizes.values())
 
-    def scores(self, model: nn.Module) -> Mapping[str, list[float | None]]:
-        """Means over the validation images that have a class; None where none has it."""
+    @staticmethod
+    def _operation(morph: nn.Module) -> DPMorph:
+        return morph if isinstance(morph, DPMorph) else DPMorph(OPERATION, FIXED_SIZE)
+
+    def evaluate(self, model: nn.Module, morph: nn.Module) -> dict[str, Any]:
+        """Scores of what the model predicts by itself, and after the operation.
+
+        Returns:
+          "scores": by itself; "morphed_scores": the operation between its scores and the choice of
+          the class, as in training; "refined_scores": the operation on the predicted classes. Each
+          by measure and class: means over the validation images that have the class, None where
+          none has it.
+        """
         classes = self.data.task.num_classes
-        parts = []
+        operation = self._operation(morph)
+        ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+            "scores": lambda scores: scores.argmax(1, keepdim=True),
+            "morphed_scores": lambda scores: operation(scores).argmax(1, keepdim=True),
+            "refined_scores": lambda scores: refine_by(
+                operation, scores.argmax(1, keepdim=True), classes
+            ),
+        }
+        parts: dict[str, list[ClassScores]] = {name: [] for name in ways}
         model.eval()
         with torch.no_grad():
             for batch in DataLoader(self.data.validation, batch_size=_EVALUATION_BATCH):
-                found = model(batch["image"]).argmax(1, keepdim=True)
-                parts.append(class_scores(found, batch["label"], classes, tolerance=_TOLERANCE))
-        scores = {}
-        for name in ("dice", "hausdorff95", "surface_dice"):
-            means = torch.cat([getattr(part, name) for part in parts]).nanmean(0).tolist()
-            scores[name] = [None if math.isnan(each) else each for each in means]
-        return scores
+                scores = model(batch["image"])
+                for name, choose in ways.items():
+                    found = class_scores(
+                        choose(scores), batch["label"], classes, tolerance=_TOLERANCE
+                    )
+                    parts[name].append(found)
+        return {name: _means(each) for name, each in parts.items()}
 
     def alike(self, choice: Choice) -> list[Choice]:
         """The choice with each variant, for a comparison by eye."""
         return [replace(choice, variant=each) for each in ("none", "fixed", "adaptive")]
+
+
+def _means(parts: Sequence[ClassScores]) -> dict[str, list[float | None]]:
+    found = {}
+    for name in ("dice", "hausdorff95", "surface_dice"):
+        means = torch.cat([getattr(part, name) for part in parts]).nanmean(0).tolist()
+        found[name] = [None if math.isnan(each) else each for each in means]
+    return found

@@ -60,7 +60,8 @@ def test_a_run_trains_evaluates_and_spends_its_target(experiment, variant):
     assert record["steps"] > 0
     sizes = {"none": None, "fixed": [3, 3], "adaptive": [3, 3]}  # too few patients to measure
     assert record["sizes"] == sizes[variant]
-    assert [len(values) for values in record["scores"].values()] == [2, 2, 2]
+    for way in ("scores", "morphed_scores", "refined_scores"):
+        assert [len(values) for values in record[way].values()] == [2, 2, 2]
     # The same target again: the noise is known, and no larger.
     again = experiment.run(Choice(variant, "psac", 3.0, 2)).record
     assert again["noise_multiplier"] == record["noise_multiplier"]
@@ -112,6 +113,14 @@ def test_report_says_what_is_clear_and_what_is_not():
     assert "- Dice, fixed: better by 0.1 on average over 1 settings; clearly better in 1" in text
     assert "- Dice, adaptive: better by 0.01 on average over 1 settings; clearly better in none, "\
         "clearly worse in none." in text  # fmt: skip
+    # Results of earlier kinds have no scores after the operation.
+    assert "after the closing:" not in text
+    for each in runs:
+        each["morphed_scores"] = {name: each["scores"][name] for name in each["scores"]}
+    both = render([json.loads(json.dumps(result))])
+    assert "- Dice, none, after the closing: worse by 0 on average" in both
+    assert "- Dice, fixed, after the closing: better by 0.1 on average over 1 settings" in both
+    assert "### Dice, after the closing" in both
     # A smaller distance is a better one.
     assert "- 95 % Hausdorff distance, pixels, fixed: better by" in text
     assert "Adaptive sizes: 5, 3." in text
