@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from dpfast.errors import PrivacyError
-from dpfast.federated.flower import (
+from dpfast.federated.flower.messages import (
     evaluation,
     read_scores,
     read_update,
@@ -21,7 +21,12 @@ from dpfast.federated.flower import (
 )
 from dpfast.federated.run_folder import FederatedFolder
 from dpfast.federated.site import Scores, Update
-from dpfast.federated.strategies import load_strategy_state, strategy_state
+from dpfast.federated.strategies import (
+    RunningMean,
+    begins_with_a_mean,
+    load_strategy_state,
+    strategy_state,
+)
 from dpfast.federated.weights import Weights, digest, problem_with
 from dpfast.segmentation._extras import needs_extra
 
@@ -142,12 +147,11 @@ class Rounds:
         arrays = to_arrays(self.weights)
         requests = list(self._strategy.configure_train(number, arrays, ConfigRecord(), self._grid))
         asked = {self._sites[each.metadata.dst_node_id] for each in requests}
-        replies = self._grid.send_and_receive(requests, timeout=self._policy.timeout)
         told = {name: _untold("failed", "no reply") for name in sorted(asked)}
-        usable: dict[str, Message] = {}
-        for reply in replies:
-            self._take(number, given, reply, usable, told)
-        if len(usable) < min(self._policy.min_sites, len(asked)):
+        collected = _Collected(begins_with_a_mean(self._strategy))
+        for reply in self._replies(requests):
+            self._take(number, given, *reply, collected, told)
+        if collected.count < min(self._policy.min_sites, len(asked)):
             reasons = "; ".join(
                 f"{name}: {each['reason']}"
                 for name, each in told.items()
@@ -155,11 +159,9 @@ class Rounds:
             )
             raise MissingSitesError(
                 f"Rounds: round {number} must have {self._policy.min_sites} sites' updates, got "
-                f"{len(usable)} ({reasons}); the weights are those of round {number - 1}"
+                f"{collected.count} ({reasons}); the weights are those of round {number - 1}"
             )
-        joined, _ = self._strategy.aggregate_train(
-            number, [usable[name] for name in sorted(usable)]
-        )
+        joined, _ = self._strategy.aggregate_train(number, collected.messages())
         if joined is not None:
             self.weights = self._checked(to_weights(joined))
         evaluated = number % self._policy.evaluate_every == 0 or number == self._policy.rounds
@@ -174,17 +176,38 @@ class Rounds:
             "epsilon": _spoken(self.epsilon()),
         }
 
+    def _replies(self, requests: list[Message]) -> Iterator[tuple[Message, str | None]]:
+        """Replies with their sites' names, in the order of the names.
+
+        All at once, or, where the grid would hold them all in this process, one after the other.
+        """
+        ordered = sorted(requests, key=lambda each: self._sites[each.metadata.dst_node_id])
+        single = getattr(self._grid, "one_at_a_time", False)
+        for part in [[each] for each in ordered] if single else [ordered]:
+            replies = self._grid.send_and_receive(part, timeout=self._policy.timeout)
+            # What stands for a lost node comes from the server's own link, in reply to our message.
+            sent = {
+                each.metadata.message_id: self._sites[each.metadata.dst_node_id]
+                for each in part
+                if each.metadata.message_id
+            }
+            named = []
+            for reply in replies:
+                about = reply.metadata
+                name = self._sites.get(about.src_node_id, sent.get(about.reply_to_message_id))
+                named.append((reply, name))
+            yield from sorted(named, key=lambda pair: pair[1] or "")
+
     def _take(
         self,
         number: int,
         given: str,
         reply: Message,
-        usable: dict[str, Message],
+        name: str | None,
+        collected: _Collected,
         told: dict[str, dict[str, Any]],
     ) -> None:
         """Put a reply where it belongs, or say why it cannot be used."""
-        # An error reply that stands for a lost node comes from the server's own link.
-        name = self._sites.get(reply.metadata.src_node_id)
         try:
             update = read_update(reply)
         except PrivacyError as error:
@@ -195,7 +218,7 @@ class Rounds:
             problem = self._problem(number, given, name, update)
             if problem is None:
                 assert name is not None
-                usable[name] = weighted(reply, update.weights, self._weight(name))
+                collected.add(reply, update.weights, self._weight(name))
                 self._note(name, update, told)
                 return
             status, reason = "failed", problem
@@ -246,6 +269,31 @@ class Rounds:
             except ValueError:
                 continue  # a curve with a gap
         return dict(sorted(found.items()))
+
+
+class _Collected:
+    """The usable updates of a round: all of them, or, where that will do, their mean alone."""
+
+    def __init__(self, mean_will_do: bool) -> None:
+        self._mean = RunningMean() if mean_will_do else None
+        self._messages: list[Message] = []
+        self.count = 0
+
+    def add(self, reply: Message, weights: Weights, weight: float) -> None:
+        """Take one in; the order is that of the sites' names, and so are the sum's bits."""
+        self.count += 1
+        if self._mean is None:
+            self._messages.append(weighted(reply, weights, weight))
+            return
+        self._mean.add(weights, weight)
+        # Flower wants a message to take the mean from; whose it was no longer matters.
+        self._messages = [reply]
+
+    def messages(self) -> list[Message]:
+        """What the strategy is to join."""
+        if self._mean is None or not self._messages:
+            return self._messages
+        return [weighted(self._messages[0], *self._mean.result())]
 
 
 def _untold(status: str, reason: str | None) -> dict[str, Any]:

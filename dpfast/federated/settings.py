@@ -6,21 +6,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dpfast.segmentation._extras import needs_extra
+from dpfast.segmentation.data_settings import DataSettings
 from dpfast.segmentation.settings import (
     AdaptiveMorphology,
-    Count,
-    DataSettings,
-    Fraction,
     ModelSettings,
     MorphologySettings,
     NoMorphology,
     OptimizerSettings,
     OutputSettings,
-    Positive,
     PrivacySettings,
     Settings,
-    Table,
     TrainingSettings,
+)
+from dpfast.segmentation.settings_file import (
+    Count,
+    Fraction,
+    Positive,
+    Seed,
+    Table,
     read_settings,
 )
 
@@ -32,10 +35,9 @@ __all__ = [
     "FederatedSettings",
     "IidSites",
     "NaturalSites",
+    "RemoteSites",
     "load_federated_settings",
 ]
-
-Seed = Annotated[int, Field(ge=0)]
 
 
 class NaturalSites(Table):
@@ -63,7 +65,25 @@ class DirichletSites(Table):
     seed: Seed = 0
 
 
-SitesSettings = NaturalSites | IidSites | DirichletSites
+class RemoteSites(Table):
+    """Sites that hold their own data: the server has none of them, and each site has all of its.
+
+    Attributes:
+      names: of all sites. Each has settings of its own, of which everything but `data.path` and
+        `output` should be the server's; a site trusts its own.
+    """
+
+    kind: Literal["remote"]
+    names: Annotated[list[str], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _check(self) -> RemoteSites:
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("names must be different")
+        return self
+
+
+SitesSettings = NaturalSites | IidSites | DirichletSites | RemoteSites
 
 
 class LocalTraining(OptimizerSettings):

@@ -122,6 +122,8 @@ class Site:
         self._morphology: RunMorphology | None = None
         self._looked_at = False
         self._state = folder.checkpoint(torch.device("cpu"))
+        if self._state is not None:
+            del self._state["update"]
 
     def train(self, round_number: int, weights: Weights) -> Update:
         """Train for a round.
@@ -137,7 +139,9 @@ class Site:
         given = digest(weights)
         state = self._state
         if state is not None and (state["round"], state["given"]) == (round_number, given):
-            return self._update(round_number, given, _arrays(state["update"]), state["privacy"])
+            kept = self._folder.checkpoint(torch.device("cpu"))
+            assert kept is not None
+            return self._update(round_number, given, _arrays(kept["update"]), state["privacy"])
         model = self._model(weights)
         run = self._start(model, round_number)
         if run.steps >= run.total_steps:
@@ -158,11 +162,12 @@ class Site:
         self._state = {
             "round": round_number,
             "given": given,
-            "update": {name: torch.from_numpy(each) for name, each in update.weights.items()},
             "privacy": update.privacy,
             "run": run.state_dict(),
         }
-        self._folder.write_checkpoint(self._state)
+        # The update is on the disk alone: in memory it would be a model for each site.
+        tensors = {name: torch.from_numpy(each) for name, each in update.weights.items()}
+        self._folder.write_checkpoint({**self._state, "update": tensors})
         return update
 
     def evaluate(self, weights: Weights) -> Scores:
@@ -186,6 +191,11 @@ class Site:
             for name in _SCORES
         }
         return {name: [None if x != x else x for x in each] for name, each in means.items()}
+
+    @property
+    def morphology(self) -> dict[str, Any]:
+        """What is done to scores and predictions; see `RunMorphology.report`."""
+        return self._prepared().report
 
     def close(self) -> None:
         """Let go of the ledger."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dpfast import _validate
-from dpfast.federated.flower import WEIGHT, to_arrays, to_weights
+from dpfast.federated.flower.messages import WEIGHT, to_arrays, to_weights
 from dpfast.federated.weights import Weights
 from dpfast.ops import NoiseSource, clip_and_noise
 from dpfast.privacy import PrivacyLedger
@@ -34,6 +34,8 @@ with needs_extra("dpfast federate", extra="federated"):
 __all__ = [
     "STRATEGIES",
     "PrivateSites",
+    "RunningMean",
+    "begins_with_a_mean",
     "load_strategy_state",
     "make_strategy",
     "strategy_state",
@@ -52,6 +54,8 @@ STRATEGIES = {
     "multikrum": flower.MultiKrum,
     "bulyan": flower.Bulyan,
 }
+# Those that see no more of the replies than their weighted mean.
+_OF_MEANS = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedadagrad", "fedyogi")
 # What is ours to decide: every site in every round, evaluation by ourselves, public weights.
 _OURS = {
     *("fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes"),
@@ -93,6 +97,37 @@ def make_strategy(
     except (TypeError, ValueError) as error:
         raise ValueError(f"make_strategy: arguments of {name}: {error}") from error
     return made
+
+
+def begins_with_a_mean(strategy: flower.FedAvg) -> bool:
+    """Whether a strategy makes the same of one reply, the weighted mean, as of all of them."""
+    return type(strategy) in {STRATEGIES[name] for name in _OF_MEANS}
+
+
+class RunningMean:
+    """A weighted mean of weights that come one after the other, in float64."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self._weight = 0.0
+        self._kinds: dict[str, Any] = {}
+
+    def add(self, weights: Weights, weight: float) -> None:
+        """Take one in."""
+        for name, array in weights.items():
+            if name not in self._sums:
+                self._sums[name] = np.zeros(array.shape)
+                self._kinds[name] = array.dtype
+            self._sums[name] += weight * array.astype(np.float64)
+        self._weight += weight
+
+    def result(self) -> tuple[dict[str, Any], float]:
+        """The mean, and the weight of all."""
+        mean = {
+            name: (each / self._weight).astype(self._kinds[name])
+            for name, each in self._sums.items()
+        }
+        return mean, self._weight
 
 
 def strategy_state(strategy: flower.FedAvg) -> dict[str, Any]:

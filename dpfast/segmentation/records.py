@@ -20,6 +20,7 @@ from dpfast import _validate
 
 __all__ = [
     "DatasetDescription",
+    "ImageSource",
     "Record",
     "image_records",
     "nifti_records",
@@ -34,19 +35,21 @@ NIFTI_SUFFIXES = (".nii.gz", ".nii")
 INDEX = "index.csv"
 
 Array = NDArray[Any]
+ImageSource = Path | tuple[Path, ...] | Array
 
 
 class Record(TypedDict):
     """One image with its label map, as MONAI's transforms take it.
 
     Attributes:
-      image, label: files, or arrays of shape (*spatial,).
+      image: a file, files that are a channel each, or an array (*spatial,) or (channels, *spatial).
+      label: a file, or an array (*spatial,).
       patient_id: whose it is; a patient may have several records.
       name: of the record, unlike every other's.
       columns: what an index says beside the patient: site, device, ...
     """
 
-    image: Path | Array
+    image: ImageSource
     label: Path | Array
     patient_id: str
     name: str
@@ -64,11 +67,13 @@ class DatasetDescription:
       name: of the data set.
       num_classes: background included.
       in_channels: modalities.
+      class_names: of the foreground, from 1.
     """
 
     name: str
     num_classes: int
     in_channels: int
+    class_names: tuple[str, ...]
 
 
 def image_records(
@@ -124,19 +129,25 @@ def read_dataset_json(path: str | os.PathLike[str]) -> DatasetDescription | None
         content = json.loads(file.read_text(encoding="utf-8"))
         labels, modalities = content["labels"], content.get("modality") or content["channel_names"]
         # {"1": "name"} in the Decathlon, {"name": 1} in later sets of the same layout.
-        numbers = [int(key) if key.isdigit() else int(value) for key, value in labels.items()]
+        named = {
+            (int(key) if key.isdigit() else int(value)): (str(value) if key.isdigit() else key)
+            for key, value in labels.items()
+        }
+        numbers = sorted(named)
         count = len(modalities)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{function}: {file} must be JSON with labels and modality, got "
             f"{type(error).__name__}: {error}"
         ) from error
-    if sorted(numbers) != list(range(len(numbers))) or len(numbers) < 2 or count < 1:
+    whole = numbers == list(range(len(labels)))
+    if not whole or len(numbers) < 2 or count < 1:
         raise ValueError(
             f"{function}: labels in {file} must be numbered 0, 1, ... and modality not be empty, "
-            f"got {sorted(numbers)} and {count}"
+            f"got {numbers} and {count}"
         )
-    return DatasetDescription(str(content.get("name", Path(path).name)), len(numbers), count)
+    names = tuple(named[number] for number in numbers[1:])
+    return DatasetDescription(str(content.get("name", Path(path).name)), len(numbers), count, names)
 
 
 def split_by_patient(

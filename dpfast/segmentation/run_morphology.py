@@ -15,10 +15,15 @@ from dpfast.morphology.label_maps import refine_by
 from dpfast.privacy import PrivacyLedger, accounting
 from dpfast.segmentation.data import Data
 from dpfast.segmentation.run_folder import StateFolder
-from dpfast.segmentation.settings import AdaptiveMorphology, FixedMorphology, Settings
+from dpfast.segmentation.settings import (
+    AdaptiveMorphology,
+    FixedMorphology,
+    NoMorphology,
+    Settings,
+)
 from dpfast.segmentation.task import Labels, SegmentationTask
 
-__all__ = ["RunMorphology", "prepare_morphology"]
+__all__ = ["RunMorphology", "prepare_morphology", "public_morphology"]
 
 
 @dataclass(frozen=True)
@@ -55,22 +60,38 @@ def prepare_morphology(
       PrivacyError: a folder that has lost what was released.
     """
     chosen, task = settings.morphology, data.task
-    released: dict[str, Any] = {}
-    if isinstance(chosen, FixedMorphology):
-        morph = _fixed(chosen, task)
-    elif isinstance(chosen, AdaptiveMorphology):
-        if ledger is None:
-            raise PrivacyError(
-                "morphology: kind 'adaptive' needs a private run, which has a ledger"
-            )
-        released = _released(settings, chosen, data, folder, ledger)
-        sizes = released["sizes"]
-        morph = DPMorph(
-            per_class=[None, *((chosen.operation, sizes[str(c)]) for c in _foreground(task))],
-            footprint=chosen.footprint,
-        )
-    else:
+    if not isinstance(chosen, AdaptiveMorphology):
+        return public_morphology(chosen, task)
+    if ledger is None:
+        raise PrivacyError("morphology: kind 'adaptive' needs a private run, which has a ledger")
+    released = _released(settings, chosen, data, folder, ledger)
+    sizes = released["sizes"]
+    morph = DPMorph(
+        per_class=[None, *((chosen.operation, sizes[str(c)]) for c in _foreground(task))],
+        footprint=chosen.footprint,
+    )
+    return _made(chosen, task, morph, released)
+
+
+def public_morphology(
+    chosen: FixedMorphology | NoMorphology, task: SegmentationTask
+) -> RunMorphology:
+    """A morphology that looks at no data.
+
+    Raises:
+      ValueError: settings that do not fit the task.
+    """
+    if isinstance(chosen, NoMorphology):
         return RunMorphology(None, None, {"kind": chosen.kind})
+    return _made(chosen, task, _fixed(chosen, task), {})
+
+
+def _made(
+    chosen: FixedMorphology | AdaptiveMorphology,
+    task: SegmentationTask,
+    morph: DPMorph,
+    released: Mapping[str, Any],
+) -> RunMorphology:
     report: dict[str, Any] = {
         "kind": chosen.kind,
         "classes": {

@@ -2,116 +2,52 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dpfast.morphology.dp_morph import OPERATION_NAMES, check_operation, check_size
 from dpfast.privacy import NoisyHistogram, PercentilePaper, PrivateQuantile
 from dpfast.privacy.thresholds import Threshold
 from dpfast.segmentation._extras import needs_extra
+from dpfast.segmentation.data_settings import DataSettings, ImageData, PublicData
+from dpfast.segmentation.formats import FORMATS
+from dpfast.segmentation.settings_file import (
+    Count,
+    Fraction,
+    Percentile,
+    Positive,
+    Seed,
+    Table,
+    read_settings,
+)
 
 with needs_extra("dpfast train"):
-    from pydantic import (
-        BaseModel,
-        ConfigDict,
-        Field,
-        PlainValidator,
-        ValidationError,
-        model_validator,
-    )
-
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    from pydantic import Field, PlainValidator, model_validator
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
     "AdaptiveMorphology",
-    "DataSettings",
     "FixedMorphology",
-    "ImageData",
     "ModelSettings",
     "MorphologySettings",
-    "NiftiData",
     "NoMorphology",
     "OptimizerSettings",
     "OutputSettings",
-    "PhantomData",
     "PrivacySettings",
     "Settings",
-    "Table",
     "TrainingSettings",
     "load_settings",
-    "read_settings",
 ]
-
-TableT = TypeVar("TableT", bound=BaseModel)
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-Percentile = Annotated[float, Field(gt=0.0, lt=100.0)]
-
-
-class Table(BaseModel):
-    """A table of a settings file: unknown names and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class PhantomData(Table):
-    """Images that are drawn; see `phantom_records`."""
-
-    kind: Literal["phantoms"]
-    patients: Count = 800
-    spatial_dims: Literal[2, 3] = 2
-    slices_per_patient: Count = 1
-    seed: Annotated[int, Field(ge=0)] = 0
-    validation_fraction: Fraction = 0.2
-
-
-class ImageData(Table):
-    """A folder of pictures and masks; see `image_records` and `SegmentationTask`."""
-
-    kind: Literal["images"]
-    path: str
-    patient_column: str | None = None
-    image_size: Annotated[list[Count], Field(min_length=2, max_length=2)]
-    labels: Literal["foreground", "classes"] = "foreground"
-    num_classes: Annotated[int, Field(ge=2)] = 2
-    fit: Literal["resize", "crop_or_pad"] = "resize"
-    dark_background: bool = False
-    cache: bool = True
-    validation_fraction: Fraction = 0.2
-
-
-class NiftiData(Table):
-    """A folder of NIfTI volumes; classes and channels are those of its dataset.json, if any."""
-
-    kind: Literal["nifti"]
-    path: str
-    patient_column: str | None = None
-    image_size: Annotated[list[Count], Field(min_length=3, max_length=3)]
-    num_classes: Annotated[int, Field(ge=2)] | None = None
-    in_channels: Count | None = None
-    fit: Literal["resize", "crop_or_pad"] = "crop_or_pad"
-    dark_background: bool = False
-    cache: bool = True
-    validation_fraction: Fraction = 0.2
-
-
-DataSettings = PhantomData | ImageData | NiftiData
 
 
 class ModelSettings(Table):
     """A network; see `build_model`."""
 
     name: Literal["unet", "dynunet", "segresnet"] = "unet"
-    arguments: dict[str, Any] = {}
-    weights_seed: Annotated[int, Field(ge=0)] = 0
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    weights_seed: Seed = 0
 
 
 class OptimizerSettings(Table):
@@ -298,7 +234,9 @@ class FixedMorphology(Table):
     kind: Literal["fixed"]
     operation: Operation = "closing"
     size: Size = 3
-    per_class: dict[Annotated[str, Field(pattern="^[1-9][0-9]*$")], ClassMorphology] = {}
+    per_class: dict[Annotated[str, Field(pattern="^[1-9][0-9]*$")], ClassMorphology] = Field(
+        default_factory=dict
+    )
     footprint: Literal["box", "ellipse", "cross"] = "box"
     all_channels: bool = False
     refine_predictions: bool = False
@@ -354,9 +292,14 @@ class Settings(Table):
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
-        nameless = isinstance(self.data, ImageData) and self.data.patient_column is None
-        if nameless and self.privacy.privacy_unit == "patient":
+        data, by_patient = self.data, self.privacy.privacy_unit == "patient"
+        if by_patient and isinstance(data, ImageData) and data.patient_column is None:
             raise ValueError("privacy_unit 'patient' needs data.patient_column, of index.csv")
+        if by_patient and isinstance(data, PublicData) and not FORMATS[data.kind].has_patients:
+            raise ValueError(
+                f"privacy_unit 'patient' needs data that say whose an image is, and {data.kind!r} "
+                "does not"
+            )
         measured = isinstance(self.morphology, AdaptiveMorphology)
         if measured and not (self.privacy.private and self.privacy.privacy_unit == "patient"):
             raise ValueError(
@@ -369,47 +312,3 @@ class Settings(Table):
 def load_settings(path: Path) -> Settings:
     """Read the settings of `dpfast train`; see `read_settings`."""
     return read_settings(path, Settings)
-
-
-def read_settings(path: Path, table: type[TableT]) -> TableT:
-    """Read a settings file.
-
-    Args:
-      path: of a TOML file.
-      table: what it must hold.
-
-    Raises:
-      ValueError: it cannot be read, is no TOML, or has an unknown, missing or wrong setting; the
-        message names each. ImportError: pydantic is not installed.
-    """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: settings must be a readable file, got {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: settings must be TOML, got {error}") from error
-    try:
-        return table.model_validate(content)
-    except ValidationError as error:
-        lines = [_line(each["loc"], each) for each in error.errors(include_url=False)]
-        raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from None
-
-
-# A union's choice stands in pydantic's location like a table.
-_KINDS = {
-    *("phantoms", "images", "nifti"),
-    *("fixed", "private_quantile", "histogram", "percentile_paper"),
-    *("none", "adaptive"),
-    *("natural", "iid", "dirichlet"),
-}
-
-
-def _line(location: tuple[int | str, ...], error: Any) -> str:
-    path = ".".join(str(part) for part in location if part not in _KINDS) or "the file"
-    if error["type"] == "extra_forbidden":
-        return f"{path}: there is no such setting"
-    if error["type"] == "missing":
-        return f"{path}: must be given"
-    message = error["msg"].removeprefix("Value error, ")
-    received = "" if isinstance(error["input"], (dict, BaseModel)) else f", got {error['input']!r}"
-    return f"{path}: {message}{received}"

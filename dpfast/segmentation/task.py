@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,13 @@ from torch.utils.data import Dataset
 
 from dpfast import _validate
 from dpfast.segmentation._extras import needs_extra
-from dpfast.segmentation.records import NIFTI_SUFFIXES, Record
+from dpfast.segmentation.reading import RecordReader
+from dpfast.segmentation.records import Record
 
 __all__ = ["Labels", "SegmentationTask", "make_dataset"]
 
 _KEYS = ("image", "label")
+_AXES = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,18 @@ class SegmentationTask:
       spatial_dims: 2 or 3.
       num_classes: background included, >= 2.
       image_size: to which every record is brought, spatial_dims numbers.
-      in_channels: of the images. Pictures are made gray, which is one.
+      in_channels: of the images. Pictures are made gray, which is one, or red, green and blue,
+        which is three.
       labels: "classes": label maps hold class numbers; "foreground": whatever is above 0 is class 1
         (instance maps, masks with 255).
       fit: "resize": scaled to the size; "crop_or_pad": cropped or padded about the middle, with the
         image's mean and background.
       dark_background: images whose background is bright, as stained tissue's is, are inverted.
+      class_names: of the foreground classes, for people; "class 1" and so on where there are none.
+      class_values: by which label maps say a class, background first; 0, 1, ... where there are
+        none.
+      spacing: voxel size in mm to which NIfTI volumes are brought before anything else.
+      window: intensities are cut off at these two numbers, such as Hounsfield units.
 
     Raises:
       ValueError: an argument breaks its rule.
@@ -52,6 +59,10 @@ class SegmentationTask:
     labels: str = "classes"
     fit: str = "resize"
     dark_background: bool = False
+    class_names: tuple[str, ...] = ()
+    class_values: tuple[int, ...] = ()
+    spacing: tuple[float, ...] | None = None
+    window: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         function = "SegmentationTask"
@@ -66,10 +77,48 @@ class SegmentationTask:
             == self.spatial_dims
             and min(self.image_size) >= 1,
             "in_channels must be >= 1": self.in_channels >= 1,
+            "class_names must be one for each foreground class": len(self.class_names)
+            in (0, self.num_classes - 1),
+            "class_values must be whole numbers, all different, one for each class": len(
+                set(self.class_values)
+            )
+            == len(self.class_values)
+            in (0, self.num_classes),
+            f"spacing must be {self.spatial_dims} numbers > 0": self.spacing is None
+            or (len(self.spacing) == self.spatial_dims and min(self.spacing) > 0),
+            "spacing must be None with spatial_dims 2": self.spacing is None
+            or self.spatial_dims == 3,
+            "window must be two numbers, the lower first": self.window is None
+            or (len(self.window) == 2 and self.window[0] < self.window[1]),
         }
         for rule, holds in rules.items():
             if not holds:
                 raise ValueError(f"{function}: {rule}, got {getattr(self, rule.split()[0])}")
+        if not self.class_names:
+            names = tuple(f"class {number}" for number in range(1, self.num_classes))
+            object.__setattr__(self, "class_names", names)
+        if not self.class_values:
+            object.__setattr__(self, "class_values", tuple(range(self.num_classes)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON would give it back."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> SegmentationTask:
+        """What `to_dict` gave, read from JSON.
+
+        Raises:
+          ValueError, TypeError: something else.
+        """
+        tuples: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in facts.items()
+        }
+        return cls(**tuples)
 
     def transform(self) -> Any:
         """MONAI's transforms from a record to tensors.
@@ -85,25 +134,59 @@ class SegmentationTask:
         """
         with needs_extra("SegmentationTask"):
             from monai.transforms.compose import Compose
+            from monai.transforms.utility.array import Lambda
+            from monai.transforms.utility.dictionary import EnsureTyped, SelectItemsd
+        return Compose(
+            [
+                Lambda(RecordReader(self)),
+                *self.preparation(_KEYS),
+                EnsureTyped(_KEYS, dtype=(torch.float32, torch.int64), track_meta=False),
+                SelectItemsd((*_KEYS, "patient_id", "name")),
+            ]
+        )
+
+    def preparation(self, keys: Sequence[str], *, crop: bool = True) -> list[Any]:
+        """What is done to an image, and to its label map if that is there, after it is read.
+
+        Args:
+          keys: "image", or "image" and "label".
+          crop: False: fit "crop_or_pad" changes no size.
+
+        Raises:
+          ImportError: MONAI is not installed.
+        """
+        with needs_extra("SegmentationTask"):
             from monai.transforms.croppad.dictionary import ResizeWithPadOrCropd
             from monai.transforms.intensity.dictionary import NormalizeIntensityd
-            from monai.transforms.spatial.dictionary import Resized
-            from monai.transforms.utility.array import Lambda
-            from monai.transforms.utility.dictionary import EnsureTyped, Lambdad, SelectItemsd
-        steps: list[Any] = [Lambda(_Read(self))]
+            from monai.transforms.spatial.dictionary import Orientationd, Resized, Spacingd
+            from monai.transforms.utility.dictionary import Lambdad
+        steps: list[Any] = []
+        if self.spatial_dims == 3:
+            steps.append(Orientationd(keys, axcodes="RAS", labels=_AXES))
+        if self.spacing is not None:
+            steps.append(Spacingd(keys, self.spacing, mode=("bilinear", "nearest")[: len(keys)]))
+        if self.window is not None:
+            steps.append(Lambdad("image", _Window(*self.window)))
         if self.fit == "resize":
-            steps.append(Resized(_KEYS, self.image_size, mode=("area", "nearest-exact")))
+            modes = ("area", "nearest-exact")[: len(keys)]
+            steps.append(Resized(keys, self.image_size, mode=modes))
         if self.dark_background:
             steps.append(Lambdad("image", darken_background))
         steps.append(NormalizeIntensityd("image", channel_wise=True))
-        if self.fit == "crop_or_pad":
+        if self.fit == "crop_or_pad" and crop:
             # After the scaling: its zeros are then the mean intensity.
-            steps.append(ResizeWithPadOrCropd(_KEYS, self.image_size))
-        steps += [
-            EnsureTyped(_KEYS, dtype=(torch.float32, torch.int64), track_meta=False),
-            SelectItemsd((*_KEYS, "patient_id", "name")),
-        ]
-        return Compose(steps)
+            steps.append(ResizeWithPadOrCropd(keys, self.image_size))
+        return steps
+
+
+class _Window:
+    """Cut intensities off."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self._low, self._high = low, high
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        return image.clamp(self._low, self._high)
 
 
 def make_dataset(
@@ -151,90 +234,6 @@ def _first_cause(error: BaseException) -> BaseException:
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-class _Read:
-    """Image and label of a record as checked tensors (channels, *spatial)."""
-
-    def __init__(self, task: SegmentationTask) -> None:
-        self._task = task
-
-    def __call__(self, record: Record) -> dict[str, Any]:
-        task, name = self._task, record["name"]
-        image, label = self._tensor(record, "image"), self._tensor(record, "label")
-        if image.shape[0] != task.in_channels or image.dim() != 1 + task.spatial_dims:
-            raise ValueError(
-                f"SegmentationTask: images must have {task.in_channels} channels and "
-                f"{task.spatial_dims} axes, got shape {tuple(image.shape)} in {name}"
-            )
-        if label.shape[0] != 1 or label.shape[1:] != image.shape[1:]:
-            raise ValueError(
-                "SegmentationTask: a label map must have one channel and its image's size "
-                f"{tuple(image.shape[1:])}, got shape {tuple(label.shape)} in {name}"
-            )
-        if not image.isfinite().all():
-            raise ValueError(f"SegmentationTask: images must be finite, got others in {name}")
-        if task.labels == "foreground":
-            label = (label > 0).float()
-        whole = label == label.round()
-        if not (whole & (label >= 0) & (label < task.num_classes)).all():
-            raise ValueError(
-                f"SegmentationTask: labels must be whole numbers in 0..{task.num_classes - 1}, got "
-                f"others in {name}"
-            )
-        return {**record, "image": image, "label": label}
-
-    def _tensor(self, record: Record, key: str) -> torch.Tensor:
-        source = record["image"] if key == "image" else record["label"]
-        if isinstance(source, np.ndarray):
-            # A copy: some transforms work in place.
-            return torch.from_numpy(np.array(source, dtype=np.float32))[None]
-        load, reader = _loader(Path(source), key)
-        try:
-            # Told here, the reader is the only one: given to LoadImage itself, others would be
-            # tried after it.
-            tensor: torch.Tensor = load(source, reader=reader)
-        except Exception as error:
-            raise ValueError(
-                f"SegmentationTask: {key} must be a readable file, got {source}: "
-                f"{error or type(error).__name__}"
-            ) from error
-        return tensor
-
-
-def _loader(path: Path, key: str) -> tuple[Any, Any]:
-    """MONAI's LoadImage, and its reader for a kind of file."""
-    with needs_extra("SegmentationTask"):
-        from monai.transforms.io.array import LoadImage
-
-        if path.name.lower().endswith(NIFTI_SUFFIXES):
-            import nibabel  # noqa: F401  MONAI would only warn of its absence
-            from monai.data.image_reader import NibabelReader
-
-            reader: Any = NibabelReader()
-        else:
-            import PIL  # noqa: F401
-            from monai.data.image_reader import PILReader
-
-            converter = _gray if key == "image" else _as_stored
-            reader = PILReader(converter, reverse_indexing=False)
-    return LoadImage(image_only=True, ensure_channel_first=True), reader
-
-
-def _gray(picture: Any) -> Any:
-    """One channel; more than 8 bits stay what they are."""
-    stored = _as_stored(picture)
-    deep = stored.mode.startswith(("I", "F"))
-    return stored if deep else stored.convert("L")
-
-
-def _as_stored(picture: Any) -> Any:
-    """The pixels in memory, the file closed."""
-    with picture:
-        if getattr(picture, "n_frames", 1) > 1:
-            raise ValueError(f"it holds {picture.n_frames} pictures, and one is wanted")
-        picture.load()
-        return picture.copy()
 
 
 def darken_background(image: torch.Tensor) -> torch.Tensor:

@@ -152,7 +152,11 @@ def train(path: Path, observer: Observer) -> dict[str, Any]:
         dice = metrics[-1]["validation_dice"]
     else:  # no step was left after those lost
         dice = validate()
-    report = {**_report(run, average, summary, dice), "morphology": morphology.report}
+    report = {
+        **_report(run, average, summary, dice),
+        "task": data.task.to_dict(),
+        "morphology": morphology.report,
+    }
     folder.write_results(average.model.state_dict(), report)
     return report
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from dpfast.federated.flower import InProcessGrid
+from dpfast.federated.flower.in_process import InProcessGrid
 from dpfast.federated.rounds import MissingSitesError, Policy, Rounds
 from dpfast.federated.run_folder import FederatedFolder
 from dpfast.federated.strategies import STRATEGIES, PrivateSites, make_strategy

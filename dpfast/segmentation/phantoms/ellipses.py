@@ -1,4 +1,4 @@
-"""Phantoms: images drawn at will, for trying things out without anybody's data."""
+"""Phantoms of ellipses under uneven light, in two and three dimensions."""
 
 from __future__ import annotations
 

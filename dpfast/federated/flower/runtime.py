@@ -1,0 +1,154 @@
+"""Work that a SuperLink or a SuperNode hands out, done in this process.
+
+Flower would start a process for every message and run in it the code that came with the run. Here
+the code is what is installed: a site runs nothing that a server sends, and Torch is loaded once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from dpfast.segmentation._extras import needs_extra
+
+with needs_extra("dpfast site", extra="federated"):
+    import httpx
+    from flwr.app import Context, Error, Message
+    from flwr.clientapp import ClientApp
+    from flwr.common.constant import ErrorCode, SubStatus
+    from flwr.common.serde import run_from_proto
+    from flwr.proto.runtime_pb2 import (
+        AcquireTaskRequest,
+        PullTaskInputRequest,
+        PushTaskOutputRequest,
+    )
+    from flwr.serverapp import Grid
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+    from flwr.supercore.interceptors import (
+        RuntimeTokenHttpInterceptor,
+        RuntimeVersionHttpInterceptor,
+        SuperExecAuthHttpInterceptor,
+    )
+    from flwr.supercore.retry import make_simple_http_retry_invoker
+    from flwr.supercore.runtime import RuntimeHttpClient
+    from flwr.supercore.task_identity import TaskIdentity
+    from flwr.superlink.grid.http_grid import HttpGrid
+    from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+__all__ = ["Runtime", "answer_next", "serving_grid"]
+
+_POLL_SECONDS = 0.5
+_ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a SuperLink or SuperNode hands out its work.
+
+    Attributes:
+      address: HOST:PORT.
+      secret: that it shares with those who may take work.
+      root_certificates: PEM; None: plain HTTP, within this machine alone.
+    """
+
+    address: str
+    secret: bytes
+    root_certificates: bytes | None = None
+
+    def client(self, *interceptors: Any) -> Any:
+        """A connection."""
+        return RuntimeHttpClient.from_server_address(
+            server_address=self.address,
+            insecure=self.root_certificates is None,
+            root_certificates=self.root_certificates,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="dpfast"), *interceptors],
+            retry_invoker=make_simple_http_retry_invoker(),
+        )
+
+    def acquire(self, kind: str, seconds: float) -> str | None:
+        """The token of the next piece of work; None: there was none in time."""
+        client = self.client(
+            SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods=_ACQUIRE)
+        )
+        deadline = time.monotonic() + seconds
+        try:
+            while True:
+                found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
+                if found.HasField("task") and found.token:
+                    return str(found.token)
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(_POLL_SECONDS)
+        finally:
+            client.close()
+
+
+def answer_next(runtime: Runtime, app: ClientApp, seconds: float) -> bool:
+    """Answer the next message that a SuperNode has; False: there was none in time."""
+    token = runtime.acquire(TaskType.CLIENT_APP, seconds)
+    if token is None:
+        return False
+    client = runtime.client(RuntimeTokenHttpInterceptor(token))
+    beat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    beat.start()
+    context: Context | None = None
+    try:
+        # The bundle that came with the run is left as it is: nothing of it is run.
+        message, context, _, _ = pull_task_input(client)
+        push_message(client, _answer(app, message, context), context)
+        push_task_output(client, context, SubStatus.COMPLETED, "")
+    except BaseException:
+        push_task_output(client, context, SubStatus.FAILED, "the site stopped")
+        raise
+    finally:
+        beat.stop()
+        client.close()
+    return True
+
+
+def _answer(app: ClientApp, message: Message, context: Context) -> Message:
+    try:
+        return app(message, context)
+    except Exception as error:
+        reason = type(error).__name__
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+@contextmanager
+def serving_grid(runtime: Runtime, seconds: float) -> Iterator[Grid]:
+    """The grid of the run that a SuperLink has, for as long as it is conducted here.
+
+    Raises:
+      RuntimeError: there was no run in time.
+    """
+    token = runtime.acquire(TaskType.SERVER_APP, seconds)
+    if token is None:
+        raise RuntimeError(f"serving_grid: the SuperLink must have a run, got none in {seconds} s")
+    grid = HttpGrid(
+        runtime.address,
+        insecure=runtime.root_certificates is None,
+        root_certificates=runtime.root_certificates,
+        token=token,
+    )
+    client = grid._runtime_client
+    beat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    beat.start()
+    status, details = SubStatus.FAILED, "the server stopped"
+    try:
+        given = client.PullTaskInput(PullTaskInputRequest())
+        TaskIdentity.task_id = given.task_id
+        TaskIdentity.run_id = given.run.run_id
+        TaskIdentity.node_id = given.context.node_id
+        grid.set_run(run_from_proto(given.run))
+        yield grid
+        status, details = SubStatus.COMPLETED, ""
+    finally:
+        # The SuperLink may be gone, and with it who would have wanted to know.
+        with suppress(httpx.HTTPError):
+            client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=details))
+        beat.stop()
+        grid.close()
