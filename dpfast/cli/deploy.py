@@ -55,6 +55,7 @@ def site(
     certificates: Annotated[Path, typer.Option(help="Folder of this site's; see certificates.")],
     server: Annotated[str, typer.Option(help="HOST:PORT.")],
     folder: Annotated[Path, typer.Option(help="Kept: the ledger of what was given away.")],
+    join: Annotated[float, typer.Option(help="Seconds that a server is waited for.")] = 600.0,
 ) -> None:
     """Take part in a run with this site's data, until stopped with Ctrl-C.
 
@@ -64,12 +65,24 @@ def site(
     try:
         from dpfast.federated.deployment import take_part
 
-        take_part(settings, name, print, certificates=certificates, server=server, folder=folder)
+        take_part(
+            settings,
+            name,
+            _say,
+            certificates=certificates,
+            server=server,
+            folder=folder,
+            seconds_to_join=join,
+        )
     except KeyboardInterrupt:
         print(f"{name}: stopped")
     except _ERRORS as error:
         print(f"dpfast site: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def certificates(

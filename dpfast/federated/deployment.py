@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = ["serve", "take_part"]
 
 _START_SECONDS = 60.0
 _POLL_SECONDS = 1.0
+_AGAIN_SECONDS = 3.0
 
 
 def serve(
@@ -102,6 +103,7 @@ def take_part(
     certificates: Path,
     server: str,
     folder: Path,
+    seconds_to_join: float = 600.0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
     """Take part in a run as one of its sites until the process is stopped.
@@ -116,6 +118,7 @@ def take_part(
       certificates: `make_certificates`' folder of the site, or one like it.
       server: HOST:PORT.
       folder: the site's own, kept between rounds and over crashes.
+      seconds_to_join: that a server which is not there, or refuses the site, is tried again.
       stopped: asked now and then whether to stop.
 
     Raises:
@@ -124,20 +127,23 @@ def take_part(
     """
     settings = load_federated_settings(path)
     site = make_site(settings, name, data_of(settings, name), folder)
-    with ExitStack() as stack:
-        stack.callback(site.close)
-        node = stack.enter_context(super_node(certificates, server, folder))
-        app = client_app(lambda context: nullcontext(site))
-        said(f"{name}: waiting for {server}")
+    app = client_app(lambda context: nullcontext(site))
+    said(f"{name}: waiting for {server}")
+    with closing(site):
+        deadline = time.monotonic() + seconds_to_join
         while not stopped():
-            if node.ended:
-                raise RuntimeError(
-                    f"take_part: the connection of {name} to {server} ended; it is refused if the "
-                    f"key is not registered or the certificate not the authority's: see "
-                    f"{folder / 'flower.log'}"
-                )
-            if answer_next(node.runtime, app, _POLL_SECONDS):
-                said(f"{name}: answered a request")
+            with super_node(certificates, server, folder) as node:
+                while not (node.ended or stopped()):
+                    if answer_next(node.runtime, app, _POLL_SECONDS):
+                        said(f"{name}: answered a request")
+                    if node.connected:
+                        deadline = time.monotonic() + seconds_to_join
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"take_part: {server} must let {name} in, got: {node.complaint} (a key "
+                        "that is not registered, or a certificate that is not the authority's)"
+                    )
+            time.sleep(_AGAIN_SECONDS)
 
 
 def _site_names(settings: FederatedSettings) -> list[str]:

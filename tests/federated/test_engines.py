@@ -64,7 +64,7 @@ def test_tls_gives_the_same_weights(wanted, tmp_path):
         for name in ("site 1", "site 2")
     ]
     try:
-        assert server.wait(400) == 0, server.said
+        assert server.wait(100) == 0, server.said
     finally:
         for each in (*sites, server):
             each.stop()

@@ -24,6 +24,7 @@ __all__ = ["SuperLink", "SuperNode", "super_link", "super_node"]
 
 _START_SECONDS = 60.0
 _CONNECTION = "dpfast"
+_LET_IN = "SuperNode ID:"  # of a SuperNode's log
 _PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 # What a run brings along in Flower; nobody runs it, see `flower.runtime`.
 _BUNDLE = {
@@ -56,13 +57,32 @@ class SuperNode:
       runtime: where it hands out its messages.
     """
 
-    def __init__(self, runtime: Runtime, process: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self, runtime: Runtime, process: subprocess.Popen[bytes], log: Path, begin: int
+    ) -> None:
         self.runtime, self._process = runtime, process
+        self._log, self._begin = log, begin
 
     @property
     def ended(self) -> bool:
         """Whether it gave up, as where the server does not let it in."""
         return self._process.poll() is not None
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server has let it in, and it is there."""
+        return not self.ended and _LET_IN in self._said()
+
+    @property
+    def complaint(self) -> str:
+        """The last error that it told."""
+        errors = [line for line in self._said().splitlines() if "rror" in line or "ailed" in line]
+        return errors[-1].strip() if errors else "no answer"
+
+    def _said(self) -> str:
+        with self._log.open("rb") as file:
+            file.seek(self._begin)
+            return file.read().decode("utf-8", "replace")
 
 
 class SuperLink:
@@ -173,11 +193,15 @@ def super_node(certificates: Path, server: str, folder: Path) -> Iterator[SuperN
         *("--auth-supernode-private-key", str(certificates / SITE_KEY)),
         *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
         *("--host", "127.0.0.1", "--port", str(port)),
+        # Whoever waits longer does so by starting it again.
+        *("--max-wait-time", str(_START_SECONDS)),
     ]
-    process = _started(command, folder, folder / "flower.log")
+    log = folder / "flower.log"
+    begin = log.stat().st_size if log.is_file() else 0
+    process = _started(command, folder, log)
     try:
-        _wait_for_port("127.0.0.1", port, process, folder / "flower.log")
-        yield SuperNode(Runtime(f"127.0.0.1:{port}", secret.read_bytes()), process)
+        _wait_for_port("127.0.0.1", port, process, log)
+        yield SuperNode(Runtime(f"127.0.0.1:{port}", secret.read_bytes()), process, log, begin)
     finally:
         _stop(process)
 

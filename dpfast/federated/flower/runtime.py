@@ -33,7 +33,6 @@ with needs_extra("dpfast site", extra="federated"):
         RuntimeVersionHttpInterceptor,
         SuperExecAuthHttpInterceptor,
     )
-    from flwr.supercore.retry import make_simple_http_retry_invoker
     from flwr.supercore.runtime import RuntimeHttpClient
     from flwr.supercore.task_identity import TaskIdentity
     from flwr.superlink.grid.http_grid import HttpGrid
@@ -42,6 +41,7 @@ with needs_extra("dpfast site", extra="federated"):
 __all__ = ["Runtime", "answer_next", "serving_grid"]
 
 _POLL_SECONDS = 0.5
+_TRIES = 5  # more would wait for a SuperLink that is gone
 _ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 
 
@@ -60,13 +60,12 @@ class Runtime:
     root_certificates: bytes | None = None
 
     def client(self, *interceptors: Any) -> Any:
-        """A connection."""
+        """A connection; it fails at once where nobody listens, for both ends are on one machine."""
         return RuntimeHttpClient.from_server_address(
             server_address=self.address,
             insecure=self.root_certificates is None,
             root_certificates=self.root_certificates,
             interceptors=[RuntimeVersionHttpInterceptor(component_name="dpfast"), *interceptors],
-            retry_invoker=make_simple_http_retry_invoker(),
         )
 
     def acquire(self, kind: str, seconds: float) -> str | None:
@@ -77,9 +76,11 @@ class Runtime:
         deadline = time.monotonic() + seconds
         try:
             while True:
-                found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
-                if found.HasField("task") and found.token:
-                    return str(found.token)
+                # Whoever hands out the work may be about to start or to end.
+                with suppress(httpx.HTTPError):
+                    found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
+                    if found.HasField("task") and found.token:
+                        return str(found.token)
                 if time.monotonic() > deadline:
                     return None
                 time.sleep(_POLL_SECONDS)
@@ -101,6 +102,8 @@ def answer_next(runtime: Runtime, app: ClientApp, seconds: float) -> bool:
         message, context, _, _ = pull_task_input(client)
         push_message(client, _answer(app, message, context), context)
         push_task_output(client, context, SubStatus.COMPLETED, "")
+    except httpx.HTTPError:
+        return False  # the SuperNode is gone; what was trained is kept, and given when asked again
     except BaseException:
         push_task_output(client, context, SubStatus.FAILED, "the site stopped")
         raise
@@ -134,6 +137,7 @@ def serving_grid(runtime: Runtime, seconds: float) -> Iterator[Grid]:
         root_certificates=runtime.root_certificates,
         token=token,
     )
+    grid._retry_invoker.max_tries = _TRIES
     client = grid._runtime_client
     beat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     beat.start()

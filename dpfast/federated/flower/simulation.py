@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -27,6 +28,7 @@ __all__ = ["simulate"]
 
 ResultT = TypeVar("ResultT")
 _START_SECONDS = 120.0
+_POLL_SECONDS = 0.1
 
 
 def simulate(
@@ -95,7 +97,9 @@ def simulate(
 
 def _nodes(grid: Grid, names: Sequence[str]) -> dict[int, str]:
     """Which node is which site: Flower numbers nodes at random."""
-    nodes = list(grid.get_node_ids())
+    deadline = time.monotonic() + _START_SECONDS
+    while len(nodes := list(grid.get_node_ids())) < len(names) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
     replies = grid.send_and_receive(questions(nodes), timeout=_START_SECONDS)
     found = {each.metadata.src_node_id: read_name(each) for each in replies}
     if sorted(found.values()) != sorted(names):
