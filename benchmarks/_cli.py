@@ -114,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_NOT_A_TERMINAL_WIDTH)
-    command = arguments.command or list(OPS)
+    command = arguments.command or [
+        name for name, op in OPS.items() if arguments.device in op.devices
+    ]
     if arguments.rounds < 1:
         parser.error(f"--rounds must be >= 1, got {arguments.rounds}")
     if command == ["report"]:
@@ -126,6 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(arguments.device)
     if unknown := [name for name in command if name not in OPS and command != ["where"]]:
         parser.error(f"unknown op {unknown[0]}; there is {', '.join(OPS)}")
+    for name in command:
+        if name in OPS and device.type not in OPS[name].devices:
+            parser.error(f"{name} is measured on {' and '.join(OPS[name].devices)} alone")
     if device.type == "cuda" and (reason := _why_no_cuda()):
         for op in [name for name in command if name in OPS]:
             tables = OPS[op].unmeasured("cuda", quick=arguments.quick)

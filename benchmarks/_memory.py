@@ -107,14 +107,16 @@ def peak(step: Step) -> Memory:
     return peak_of_call(lambda: step.run(step.task.batch), step.task.device)
 
 
-def peak_of_call(call: Callable[[], object], device: torch.device) -> Memory:
+def peak_of_call(
+    call: Callable[[], object], device: torch.device, *, calls: int = _CALLS
+) -> Memory:
     """Peak memory of a call, whose like has run before on less, as in `peak`."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.synchronize()
         base = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        for _ in range(_CALLS):
+        for _ in range(calls):
             call()
         most = torch.cuda.max_memory_allocated()
         return Memory(most - base, base, "max_memory_allocated")
@@ -123,7 +125,7 @@ def peak_of_call(call: Callable[[], object], device: torch.device) -> Memory:
     method: Method = "VmHWM"
     if not (base and _reset_peak()):
         base, method = _maxrss(), "ru_maxrss"
-    for _ in range(_CALLS):
+    for _ in range(calls):
         call()
     most = _maxrss() if method == "ru_maxrss" else _from_status("VmHWM")
     return Memory(most - base, base, method)

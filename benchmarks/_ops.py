@@ -9,10 +9,12 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks import (
+    _federated_tables,
     _morphology_tables,
     _step_tables,
     _tables,
     clip_and_noise,
+    federated,
     morphology,
     step,
 )
@@ -38,6 +40,7 @@ class Op:
       text: says in the report what the tables show.
       requires: packages without which there is nothing to measure.
       peers: packages whose versions the report names.
+      devices: on which there is something to measure.
     """
 
     settings: Callable[..., Any]
@@ -47,6 +50,7 @@ class Op:
     text: str
     requires: tuple[str, ...]
     peers: tuple[str, ...]
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 OPS = {
@@ -76,5 +80,15 @@ OPS = {
         _morphology_tables.TEXT,
         requires=(),
         peers=("kornia", "opencv", "scipy"),
+    ),
+    federated.OP: Op(
+        federated.Settings,
+        federated.run,
+        _federated_tables.tables,
+        _federated_tables.unmeasured,
+        _federated_tables.TEXT,
+        requires=("monai", "pydantic", "flwr"),
+        peers=("flower",),
+        devices=("cpu",),
     ),
 }

@@ -136,6 +136,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         "versions": {
             "dpfast": __version__,
             "torch": torch.__version__,
+            "flower": _version("flwr"),
             "kornia": _version("kornia"),
             "monai": _version("monai"),
             "opacus": _version("opacus"),

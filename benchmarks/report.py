@@ -45,6 +45,7 @@ def _load(machine: dict[str, Any]) -> str:
 
 def _peers(op: Op, versions: dict[str, str | None]) -> str:
     names = {
+        "flower": "Flower",
         "kornia": "kornia",
         "monai": "MONAI",
         "opacus": "Opacus",
@@ -75,6 +76,8 @@ def _section(name: str, op: Op, folder: Path) -> list[str]:
     results = load_results(folder, name)
     lines = [f"## {name}", "", op.text]
     for device_type, heading in _HEADINGS.items():
+        if device_type not in op.devices:
+            continue
         measured = [r for r in results if r["machine"]["device_type"] == device_type]
         if not measured:
             lines += [f"### {heading}: {NOT_MEASURED}", ""]

@@ -10,7 +10,7 @@ from tests import benchmark_modules
 pytest.importorskip("pydantic")
 benchmark_modules.load()
 
-from benchmarks import thresholds, utility  # noqa: E402
+from benchmarks import _adp_fl_report, adp_fl, thresholds, utility  # noqa: E402
 from dpfast.segmentation.settings import load_settings  # noqa: E402
 
 
@@ -69,3 +69,51 @@ def test_simulated_threshold_comes_to_the_truth(kind):
     assert found["truth"] == pytest.approx(1.0)
     # Noise of a batch of 64: the mean over 50 steps stays within 20 %.
     assert abs(sum(late) / len(late)) < 0.2
+
+
+@pytest.mark.parametrize("task", adp_fl.TASKS)
+@pytest.mark.parametrize("key", [key for key in adp_fl.planned_runs() if key[2] == 2])
+def test_federated_settings_of_a_run_are_the_examples_with_another_method(tmp_path, task, key):
+    federated = pytest.importorskip("dpfast.federated.settings")
+    method, epsilon, seed = key
+    file = tmp_path / "settings.toml"
+    file.write_text(
+        adp_fl.settings_text(task, tmp_path, method, epsilon, seed, tmp_path / "run", 7)
+    )
+    settings = federated.load_federated_settings(file)
+    assert settings.method == {"dp_fl_1": "dp_fl", "dp_fl_small": "dp_fl"}.get(method, method)
+    assert settings.privacy.target_epsilon == epsilon
+    assert settings.federation.rounds == 7
+    assert settings.model.weights_seed == 2
+    assert settings.data.path == str(tmp_path / adp_fl.TASKS[task])
+    if method in adp_fl.FIXED:
+        assert settings.privacy.max_grad_norm == adp_fl.FIXED[method]
+
+
+def federated_run(method, epsilon, seed, dice):
+    scores = {"dice": [dice], "hausdorff95": [4.0]}
+    return {
+        "task": "nuclei", "method": method, "target_epsilon": epsilon, "seed": seed, "rounds": 20,
+        "unit": "sample", "epsilon": "infinite" if epsilon is None else epsilon, "delta": 1e-3,
+        "training_units": {"a": 10, "b": 20}, "scores": scores,
+        "sites": {"a": {"dice": [dice - 0.1], "hausdorff95": [4.0]},
+                  "b": {"dice": [dice + 0.1], "hausdorff95": [None]}},
+        "thresholds": {"a": [1.0, 0.5], "b": [1.0, 0.25]},
+        "commit": {"hash": "abc", "dirty": False},
+    }  # fmt: skip
+
+
+def test_federated_table_puts_methods_beside_the_claim():
+    runs = [federated_run("non_private", None, seed, 0.8) for seed in (0, 1, 2)]
+    runs += [federated_run("adp_fl", 8.0, seed, 0.5 + 0.1 * seed) for seed in (0, 1, 2)]
+    result = {
+        "machine": {"device": "CPU"}, "date": "2026-01-02", "runs": runs,
+        "versions": {"torch": "2", "monai": "1"},
+    }  # fmt: skip
+    text = _adp_fl_report.render([json.loads(json.dumps(result))])
+    assert "| ∞ | non-private FL | 0.800 ± 0.000 | 100 % | 0.700 to 0.900 | 4.0 |  |" in text
+    assert "| 8 | ADP-FL, from 1 | 0.600 ± 0.100 | 75 % | 0.500 to 0.700 | 4.0 | 8.000 |" in text
+    assert "ε = 8: ADP-FL, from 1 loses 25 % (sites apart by 0.200)" in text
+    assert "end between 0.25 and 0.5" in text
+    assert "samples for training: 10 at a, 20 at b" in text
+    assert "Not measured" in _adp_fl_report.render([])

@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from dpfast.federated.certificates import make_certificates
+from dpfast.privacy import PrivacyLedger
+
 ENVIRONMENT = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
 
 
@@ -73,3 +76,48 @@ def rounds(run: Path):
     """The lines of rounds.jsonl, as far as it has come."""
     file = run / "rounds.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+class Federation:
+    """A trial on this machine: a server and sites with keys, all stopped at the end."""
+
+    def __init__(self, folder: Path, settings: Path, names):
+        self.folder, self.settings, self.names = folder, settings, list(names)
+        self.port, self.commands = free_port(), []
+        self.keys = folder / "keys"
+        make_certificates(self.keys, self.names, ["127.0.0.1"])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for command in self.commands:
+            command.stop()
+
+    def serve(self, *arguments):
+        """Start the server."""
+        where = ("--certificates", self.keys / "server", "--port", self.port)
+        return self._start("server", "server", self.settings, *where, *arguments)
+
+    def join(self, name, *arguments, keys=None):
+        """Start a site."""
+        return self._start(
+            name,
+            *("site", self.settings, "--name", name, "--certificates", keys or self.keys / name),
+            *("--server", f"127.0.0.1:{self.port}", "--folder", self.folder / "own" / name),
+            *arguments,
+        )
+
+    @property
+    def run(self):
+        """The run's folder."""
+        return self.folder / "run"
+
+    def steps(self, name):
+        """How many steps a site's own ledger counts."""
+        return PrivacyLedger.read(self.folder / "own" / name / "ledger.jsonl").spending(0).steps
+
+    def _start(self, *arguments):
+        command = Command(self.folder, *arguments)
+        self.commands.append(command)
+        return command

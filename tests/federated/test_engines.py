@@ -7,10 +7,9 @@ import torch
 
 pytest.importorskip("flwr")
 
-from dpfast.federated.certificates import make_certificates
 from dpfast.federated.training import federate
 
-from .processes import Command, free_port
+from .processes import Command, Federation
 from .sites import write
 from .test_training import Watch
 
@@ -49,23 +48,9 @@ def test_ray_gives_the_same_weights(wanted, tmp_path):
 
 
 def test_tls_gives_the_same_weights(wanted, tmp_path):
-    file, port = write(tmp_path, **CHANGES), free_port()
-    keys = tmp_path / "keys"
-    make_certificates(keys, ["site 1", "site 2"], ["127.0.0.1"])
-    arguments = ("--certificates", keys / "server", "--port", port)
-    server = Command(tmp_path, "server", "server", file, *arguments)
-    sites = [
-        Command(
-            tmp_path,
-            name,
-            *("site", file, "--name", name, "--certificates", keys / name),
-            *("--server", f"127.0.0.1:{port}", "--folder", tmp_path / "own" / name),
-        )
-        for name in ("site 1", "site 2")
-    ]
-    try:
-        assert server.wait(100) == 0, server.said
-    finally:
-        for each in (*sites, server):
-            each.stop()
+    with Federation(tmp_path, write(tmp_path, **CHANGES), ["site 1", "site 2"]) as federation:
+        server = federation.serve()
+        for name in federation.names:
+            federation.join(name)
+        assert server.wait(200) == 0, server.said
     assert weight_hash(tmp_path / "run") == wanted[0]
