@@ -1,5 +1,15 @@
 """Fixtures: the devices on which the same tests run."""
 
+import os
+
+# Test processes share the cores (`pytest -n`): a thread that waits gives its core up. At least two
+# threads, so that what several threads share is tested. Before Torch, which reads it once.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(max(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
+)
+
 import pytest
 import torch
 

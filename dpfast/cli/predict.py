@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +21,9 @@ def predict(
     ],
     output: Annotated[Path, typer.Option(help="Folder for the label maps.")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    site: Annotated[
+        str | None, typer.Option(help="Whose sizes, where sites measured their own.")
+    ] = None,
 ) -> None:
     """Write a label map for each image: NIfTI with the image's header, or PNG.
 
@@ -33,26 +35,27 @@ def predict(
         from dpfast.segmentation.prediction import find_images, write_prediction
         from dpfast.segmentation.prediction import predict as predict_image
 
-        task, model, refine, data_format = _load(run, device)
+        task, model, morphology, data_format = _load(run, device, site)
         found = find_images(images, task.spatial_dims, data_format)
         output.mkdir(parents=True, exist_ok=True)
         for image in track(found, "predicting", console=Console(stderr=True), transient=True):
-            classes = predict_image(model, task, image.source, name=image.name, refine=refine)
+            classes = predict_image(
+                model, task, image.source, name=image.name, morphology=morphology
+            )
             print(write_prediction(output, image, classes, task))
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         print(f"dpfast predict: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 
-def _load(run: Path, device: str) -> tuple[Any, Any, Callable[[Any], Any] | None, Any]:
-    """Task, model, refinement of class maps and the data's format."""
+def _load(run: Path, device: str, site: str | None) -> tuple[Any, Any, Any, Any]:
+    """Task, model, morphology and the data's format."""
     import torch
 
-    from dpfast.morphology import DPMorph
-    from dpfast.morphology.label_maps import refine_by
     from dpfast.segmentation.data_settings import PublicData
     from dpfast.segmentation.formats import FORMATS
     from dpfast.segmentation.models import build_model
+    from dpfast.segmentation.run_morphology import RunMorphology
     from dpfast.segmentation.task import SegmentationTask
     from dpfast.segmentation.training import pick_device
 
@@ -68,22 +71,20 @@ def _load(run: Path, device: str) -> tuple[Any, Any, Callable[[Any], Any] | None
     chosen = settings.model
     model = build_model(chosen.name, task, chosen.arguments, weights_seed=chosen.weights_seed)
     model.load_state_dict(torch.load(run / "model.pt", map_location="cpu", weights_only=True))
-    refine = None
     about = report["morphology"]
-    if about.get("refine_predictions") and "classes" not in about:
-        raise ValueError(f"{run}: each site refines predictions by its own sizes; ask a site")
-    if about.get("refine_predictions"):
-        classes = {
-            int(name): (each["operation"], each["size"]) for name, each in about["classes"].items()
-        }
-        morph = DPMorph("identity", 1, classes, footprint=about["footprint"])
-
-        def refine(mask: Any) -> Any:
-            return refine_by(morph, mask, task.num_classes)
-
+    if "sites" in about:
+        if site not in about["sites"]:
+            raise ValueError(
+                f"--site must name one of {', '.join(about['sites']) or 'no site'}: each has "
+                f"measured its own sizes, got {site!r}"
+            )
+        about = about["sites"][site]
+    elif site is not None:
+        raise ValueError(f"--site has no effect on {run}, where all sites do the same")
+    morphology = RunMorphology.from_report(about, task.num_classes)
     data = settings.data
     data_format = FORMATS[data.kind] if isinstance(data, PublicData) else None
-    return task, model.to(pick_device(device)), refine, data_format
+    return task, model.to(pick_device(device)), morphology, data_format
 
 
 def _settings(file: Path) -> Any:

@@ -174,7 +174,7 @@ class Site:
         """Scores of weights on the site's own validation patients; they are not protected."""
         model = self._model(weights).eval()
         classes = self._data.task.num_classes
-        refine = self._prepared().refine
+        class_maps = self._prepared().class_maps
         parts = []
         # A generator of its own, for a DataLoader draws from it: training goes on as without this.
         batches = DataLoader(
@@ -182,9 +182,7 @@ class Site:
         )
         with torch.no_grad():
             for batch in batches:
-                found = model(batch["image"].to(self._device)).argmax(1, keepdim=True)
-                if refine is not None:
-                    found = refine(found)
+                found = class_maps(model(batch["image"].to(self._device)))
                 parts.append(class_scores(found.cpu(), batch["label"], classes))
         means = {
             name: torch.cat([getattr(part, name) for part in parts]).nanmean(0).tolist()

@@ -14,7 +14,7 @@ from dpfast import _native
 from dpfast.federated.rounds import Rounds
 from dpfast.federated.settings import FederatedSettings
 from dpfast.segmentation.data import Data
-from dpfast.segmentation.run_morphology import public_morphology
+from dpfast.segmentation.run_morphology import RunMorphology, public_morphology
 from dpfast.segmentation.runs import spoken
 from dpfast.segmentation.settings import AdaptiveMorphology
 from dpfast.segmentation.task import SegmentationTask
@@ -104,7 +104,7 @@ def morphology_report(
     chosen = settings.morphology
     if not isinstance(chosen, AdaptiveMorphology):
         return public_morphology(chosen, task).report
-    common = {"kind": chosen.kind, "refine_predictions": chosen.refine_predictions}
+    common = {"kind": chosen.kind, "at_prediction": chosen.at_prediction}
     return {**common, "footprint": chosen.footprint, "sites": dict(sites)}
 
 
@@ -119,7 +119,9 @@ def _reasons(settings: FederatedSettings) -> list[str]:
     return found
 
 
-def examples(model: torch.nn.Module, data: Mapping[str, Data]) -> dict[str, NDArray[Any]]:
+def examples(
+    model: torch.nn.Module, data: Mapping[str, Data], morphology: Mapping[str, Any]
+) -> dict[str, NDArray[Any]]:
     """One validation image of each of the first sites, a middle slice in 3D."""
     arrays: dict[str, NDArray[Any]] = {}
     names = sorted(data)[:_EXAMPLES]
@@ -127,8 +129,10 @@ def examples(model: torch.nn.Module, data: Mapping[str, Data]) -> dict[str, NDAr
     for number, name in enumerate(names):
         dataset: Any = data[name].validation
         image, label = dataset[0]["image"], dataset[0]["label"]
+        own = morphology.get("sites", {}).get(name, morphology)
+        predicted = RunMorphology.from_report(own, data[name].task.num_classes)
         with torch.no_grad():
-            found = model(image[None]).argmax(1)[0]
+            found = predicted.class_maps(model(image[None]))[0, 0]
         for kind, array in (("image", image[0]), ("truth", label[0]), ("prediction", found)):
             plane = array if array.dim() == 2 else array[_widest(label[0])]
             arrays[f"{kind}_{number}"] = plane.numpy().astype(

@@ -61,7 +61,7 @@ def federate(path: Path, observer: Observer, *, engine: str = "in_process") -> d
     report = summary(
         settings, task, rounds, site_names=list(data), data=data, morphology=morphology
     )
-    folder.write_results(model.state_dict(), examples(model, data), report)
+    folder.write_results(model.state_dict(), examples(model, data, morphology), report)
     return report
 
 

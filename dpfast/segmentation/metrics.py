@@ -113,7 +113,7 @@ def validation_dice(
     batches: Iterable[Mapping[str, Any]],
     num_classes: int,
     *,
-    refine: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    class_maps: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> float:
     """The mean foreground Dice of a model's predictions.
 
@@ -121,8 +121,7 @@ def validation_dice(
       model: from images to scores (N, num_classes, *spatial); its training mode is kept.
       batches: of "image" and "label", such as a DataLoader over `make_dataset`.
       num_classes: background included.
-      refine: what is done to the predicted class maps (N, 1, *spatial), such as
-        `dpfast.morphology.refine`.
+      class_maps: from scores to predicted classes (N, 1, *spatial); None: the highest score's.
 
     Raises:
       ValueError: no image.
@@ -134,9 +133,11 @@ def validation_dice(
     try:
         with torch.no_grad():
             for batch in batches:
-                predictions = model(batch["image"].to(device)).argmax(1, keepdim=True)
-                if refine is not None:
-                    predictions = refine(predictions)
+                scores = model(batch["image"].to(device))
+                if class_maps is None:
+                    predictions = scores.argmax(1, keepdim=True)
+                else:
+                    predictions = class_maps(scores)
                 labels = batch["label"].to(device)
                 total += len(labels) * mean_foreground_dice(predictions, labels, num_classes)
                 count += len(labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dpfast.segmentation.formats import Format
 from dpfast.segmentation.reading import read_image
 from dpfast.segmentation.records import IMAGE_SUFFIXES, NIFTI_SUFFIXES, ImageSource
 from dpfast.segmentation.run_folder import write_atomically
+from dpfast.segmentation.run_morphology import RunMorphology
 from dpfast.segmentation.task import SegmentationTask
 
 __all__ = ["ImageFiles", "find_images", "predict", "write_prediction"]
@@ -109,7 +110,7 @@ def predict(
     source: ImageSource,
     *,
     name: str = "image",
-    refine: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    morphology: RunMorphology | None = None,
 ) -> NDArray[np.int64]:
     """Predict an image's label map.
 
@@ -123,7 +124,7 @@ def predict(
       task: that it was trained for.
       source: as a record has it.
       name: of the image, for messages.
-      refine: of class maps (1, 1, *spatial), on the image's own grid.
+      morphology: of the run that trained the model; it is applied on the task's grid.
 
     Returns:
       Class numbers, of the image's shape (*spatial,).
@@ -153,7 +154,7 @@ def predict(
                 scores = model(batch)
     finally:
         model.train(was_training)
-    probabilities: Any = MetaTensor(scores[0].float().softmax(0).cpu(), meta=prepared.meta)
+    probabilities: Any = MetaTensor(_probabilities(scores.float(), morphology), meta=prepared.meta)
     linear = "bilinear" if task.spatial_dims == 2 else "trilinear"
     probabilities.applied_operations = convert_applied_interp_mode(
         prepared.applied_operations, mode=linear, align_corners=False
@@ -161,10 +162,17 @@ def predict(
     if prepared.applied_operations:
         probabilities = preparation.inverse({"image": probabilities})["image"]
     classes = probabilities.as_tensor().argmax(0)
-    if refine is not None:
-        classes = refine(classes[None, None])[0, 0]
     found: NDArray[np.int64] = classes.numpy().astype(np.int64)
     return found
+
+
+def _probabilities(scores: torch.Tensor, morphology: RunMorphology | None) -> torch.Tensor:
+    """Of each class at each place, on the CPU; 0 or 1 where class maps are what is refined."""
+    if morphology is None or morphology.at_prediction != "class_maps":
+        changed = scores if morphology is None else morphology.scores(scores)
+        return changed[0].softmax(0).cpu()
+    classes = morphology.class_maps(scores)[0, 0].cpu()
+    return torch.nn.functional.one_hot(classes, scores.shape[1]).movedim(-1, 0).float()
 
 
 def write_prediction(

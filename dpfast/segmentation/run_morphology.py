@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +32,41 @@ class RunMorphology:
 
     Attributes:
       morph: between scores and loss; None: nothing.
-      refine: of predicted class maps (N, 1, *spatial); None: nothing.
+      at_prediction: what it is applied to where there is no loss: "scores", "class_maps" or
+        "nothing".
+      num_classes: background included.
       report: the settings that were used, and what was released; JSON-able.
     """
 
     morph: DPMorph | None
-    refine: Callable[[torch.Tensor], torch.Tensor] | None
+    at_prediction: str
+    num_classes: int
     report: dict[str, Any]
+
+    @classmethod
+    def from_report(cls, report: Mapping[str, Any], num_classes: int) -> RunMorphology:
+        """What a run's report says."""
+        if "classes" not in report:
+            return cls(None, "nothing", num_classes, dict(report))
+        classes = {
+            int(name): (each["operation"], each["size"]) for name, each in report["classes"].items()
+        }
+        morph = DPMorph("identity", 1, classes, footprint=report["footprint"])
+        return cls(morph, report["at_prediction"], num_classes, dict(report))
+
+    def scores(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores as they are used at prediction, (N, num_classes, *spatial)."""
+        if self.morph is None or self.at_prediction != "scores":
+            return scores
+        changed: torch.Tensor = self.morph(scores)
+        return changed
+
+    def class_maps(self, scores: torch.Tensor) -> torch.Tensor:
+        """Predicted classes, (N, 1, *spatial), from the network's scores."""
+        found = self.scores(scores).argmax(1, keepdim=True)
+        if self.morph is None or self.at_prediction != "class_maps":
+            return found
+        return refine_by(self.morph, found, self.num_classes)
 
 
 def prepare_morphology(
@@ -82,7 +110,7 @@ def public_morphology(
       ValueError: settings that do not fit the task.
     """
     if isinstance(chosen, NoMorphology):
-        return RunMorphology(None, None, {"kind": chosen.kind})
+        return RunMorphology(None, "nothing", task.num_classes, {"kind": chosen.kind})
     return _made(chosen, task, _fixed(chosen, task), {})
 
 
@@ -99,18 +127,12 @@ def _made(
             for c, (operation, size) in enumerate(morph.refinements(task.num_classes))
         },
         "footprint": morph.footprint,
-        "refine_predictions": chosen.refine_predictions,
+        "at_prediction": chosen.at_prediction,
     }
     for name in ("fell_back", "noisy_counts"):
         if name in released:
             report[name] = released[name]
-    refine = None
-    if chosen.refine_predictions:
-
-        def refine(mask: torch.Tensor) -> torch.Tensor:
-            return refine_by(morph, mask, task.num_classes)
-
-    return RunMorphology(morph, refine, report)
+    return RunMorphology(morph, chosen.at_prediction, task.num_classes, report)
 
 
 def _foreground(task: SegmentationTask) -> range:
@@ -150,7 +172,7 @@ def _released(
     """What the folder keeps of a measurement, which is made where there is none."""
     # JSON, as what it is compared with.
     measured = {
-        name: table.model_dump(mode="json", exclude={"refine_predictions"})
+        name: table.model_dump(mode="json", exclude={"at_prediction"})
         for name, table in (("data", settings.data), ("morphology", chosen))
     }
     kept = folder.morphology()

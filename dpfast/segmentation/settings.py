@@ -204,13 +204,13 @@ def _size(value: Any) -> int | tuple[int, ...]:
 
 Operation = Annotated[str, PlainValidator(_operation)]
 Size = Annotated[int | tuple[int, ...], PlainValidator(_size)]
+AtPrediction = Literal["scores", "class_maps", "nothing"]
 
 
 class NoMorphology(Table):
     """The loss sees the network's scores."""
 
     kind: Literal["none"]
-    refine_predictions: Literal[False] = False
 
 
 class ClassMorphology(Table):
@@ -227,8 +227,9 @@ class FixedMorphology(Table):
       per_class: by the class's number, for classes with operations and sizes of their own.
       all_channels: the background's scores are changed as well, as in the code published with
         the paper.
-      refine_predictions: predicted class maps are refined likewise before their Dice is taken. By
-        default the network is judged by what it predicts alone, as in that code.
+      at_prediction: what the operation is applied to when the network is used: its "scores", as in
+        training, where the network leaves to the operation what that does; the predicted
+        "class_maps"; or "nothing", as in that code.
     """
 
     kind: Literal["fixed"]
@@ -239,14 +240,14 @@ class FixedMorphology(Table):
     )
     footprint: Literal["box", "ellipse", "cross"] = "box"
     all_channels: bool = False
-    refine_predictions: bool = False
+    at_prediction: AtPrediction = "scores"
 
     @model_validator(mode="after")
     def _check(self) -> FixedMorphology:
-        if self.all_channels and self.refine_predictions:
+        if self.all_channels and self.at_prediction == "class_maps":
             raise ValueError(
-                "refine_predictions must be false with all_channels: in a class map the background "
-                "follows from the other classes"
+                "at_prediction must not be 'class_maps' with all_channels: in a class map the "
+                "background follows from the other classes"
             )
         return self
 
@@ -256,7 +257,7 @@ class AdaptiveMorphology(Table):
 
     Attributes:
       noise_multiplier: of the measurement, whose cost is part of epsilon.
-      refine_predictions: see `FixedMorphology`.
+      at_prediction: see `FixedMorphology`.
     """
 
     kind: Literal["adaptive"]
@@ -266,7 +267,7 @@ class AdaptiveMorphology(Table):
     kappa: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     max_octaves: Annotated[float, Field(gt=0.0, le=15.0)] = 6.0
     footprint: Literal["box", "ellipse", "cross"] = "box"
-    refine_predictions: bool = False
+    at_prediction: AtPrediction = "scores"
 
 
 MorphologySettings = NoMorphology | FixedMorphology | AdaptiveMorphology

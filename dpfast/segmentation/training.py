@@ -287,7 +287,9 @@ def _checkpoint(
 def _validate(average: WeightAverage, data: Data, morphology: RunMorphology) -> float:
     # A generator of its own, for a DataLoader draws from it: training goes on as without this.
     batches = DataLoader(data.validation, batch_size=EVALUATION_BATCH, generator=torch.Generator())
-    return validation_dice(average.model, batches, data.task.num_classes, refine=morphology.refine)
+    return validation_dice(
+        average.model, batches, data.task.num_classes, class_maps=morphology.class_maps
+    )
 
 
 def _report(

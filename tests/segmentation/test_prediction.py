@@ -8,6 +8,7 @@ from PIL import Image
 
 from dpfast.segmentation.formats import FORMATS
 from dpfast.segmentation.prediction import ImageFiles, find_images, predict, write_prediction
+from dpfast.segmentation.run_morphology import RunMorphology
 from dpfast.segmentation.task import SegmentationTask
 from tests.segmentation import public_layouts as layouts
 
@@ -76,12 +77,16 @@ def test_what_is_smaller_is_padded_and_comes_back():
     np.testing.assert_array_equal(found, image > 0)
 
 
-def test_model_is_left_as_it_was_and_refine_is_applied():
+def test_model_is_left_as_it_was_and_morphology_is_applied():
     model = Bright().train()
     task = SegmentationTask("x", 2, 2, (16, 16))
-    found = predict(model, task, square((16, 16), (2, 2), (6, 6)), refine=lambda mask: 0 * mask)
+    image = square((16, 16), (2, 2), (6, 6))
+    erased = {"0": {"operation": "identity", "size": 1}, "1": {"operation": "opening", "size": 5}}
+    for where, largest in (("scores", 0), ("class_maps", 0), ("nothing", 1)):
+        report = {"kind": "fixed", "classes": erased, "footprint": "box", "at_prediction": where}
+        morphology = RunMorphology.from_report(report, 2)
+        assert predict(model, task, image, morphology=morphology).max() == largest
     assert model.training
-    assert found.max() == 0
 
 
 def test_volume_is_written_with_its_header(tmp_path):

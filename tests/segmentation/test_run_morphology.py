@@ -10,6 +10,7 @@ import dpfast
 from dpfast.morphology import DPMorph, adaptive, refine
 from dpfast.segmentation import training, validation_dice
 from dpfast.segmentation.run_folder import RunFolder
+from dpfast.segmentation.run_morphology import RunMorphology
 from dpfast.segmentation.training import train
 from tests.segmentation.settings_files import WITHOUT_PRIVACY, write_settings
 from tests.segmentation.test_training import Watcher, phantoms, run, small_model
@@ -49,6 +50,7 @@ def test_fixed_morphology_is_in_the_loss_and_not_in_the_evaluation(tmp_path, see
         "size": [3, 5],
         "footprint": "ellipse",
         "per_class": {"1": {"operation": "both", "size": 3}},
+        "at_prediction": "nothing",
     }
     changes = {} if private else {"privacy": WITHOUT_PRIVACY}
     report, _, folder = run(tmp_path, {**QUICK, **changes, "morphology": morphology})
@@ -59,7 +61,7 @@ def test_fixed_morphology_is_in_the_loss_and_not_in_the_evaluation(tmp_path, see
             "1": {"operation": "opening_closing", "size": 3},
         },
         "footprint": "ellipse",
-        "refine_predictions": False,
+        "at_prediction": "nothing",
     }
     assert {repr(module) for module, _ in seen} == {
         repr(DPMorph("open", (3, 5), {1: ("both", 3)}, footprint="ellipse"))
@@ -88,19 +90,29 @@ def test_all_channels_are_changed_as_in_the_published_code(tmp_path):
     assert report["morphology"]["classes"] == {"0": closing, "1": closing}
 
 
-def test_predictions_are_refined_where_asked_for(tmp_path):
-    morphology = {"kind": "fixed", "operation": "open", "size": 3, "refine_predictions": True}
+@pytest.mark.parametrize(
+    ("at_prediction", "class_maps"),
+    [
+        ("scores", lambda scores: DPMorph("open", 3)(scores).argmax(1, keepdim=True)),
+        ("class_maps", lambda scores: refine(scores.argmax(1, keepdim=True), "open", 3)),
+        ("nothing", lambda scores: scores.argmax(1, keepdim=True)),
+    ],
+)
+def test_operation_is_applied_at_prediction_where_asked_for(tmp_path, at_prediction, class_maps):
+    morphology = {"kind": "fixed", "operation": "open", "at_prediction": at_prediction}
     report, _, folder = run(tmp_path, {**QUICK, "morphology": morphology})
     model = small_model()
     model.load_state_dict(torch.load(folder / "model.pt"))
-    dice, raw = (
-        validation_dice(
-            model, torch.utils.data.DataLoader(phantoms(1), batch_size=4), 2, refine=after
-        )
-        for after in (lambda mask: refine(mask, "open", 3), None)
+    dice = validation_dice(
+        model, torch.utils.data.DataLoader(phantoms(1), batch_size=4), 2, class_maps=class_maps
     )
     assert dice == pytest.approx(report["results"]["validation_dice"], rel=1e-6)
-    assert dice != pytest.approx(raw, rel=1e-6)
+    again = RunMorphology.from_report(report["morphology"], 2)
+    scores = torch.randn(2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again.class_maps(scores), class_maps(scores))
+    assert (at_prediction == "nothing") == torch.equal(
+        again.class_maps(scores), scores.argmax(1, keepdim=True)
+    )
 
 
 def test_measured_sizes_are_used_reported_and_counted(tmp_path, seen):
@@ -114,7 +126,7 @@ def test_measured_sizes_are_used_reported_and_counted(tmp_path, seen):
             "1": {"operation": "opening_closing", "size": size},
         },
         "footprint": "box",
-        "refine_predictions": False,
+        "at_prediction": "scores",
         "fell_back": kept["fell_back"],
         "noisy_counts": kept["noisy_counts"],
     }

@@ -81,11 +81,11 @@ def test_thresholds_are_what_the_engine_takes(tmp_path, threshold, built):
 @pytest.mark.parametrize(
     ("written", "read"),
     [
-        (None, {"kind": "none", "refine_predictions": False}),
+        (None, {"kind": "none"}),
         ({"kind": "none"}, {"kind": "none"}),
         (
             {"kind": "fixed"},
-            {"operation": "closing", "size": 3, "per_class": {}, "refine_predictions": False},
+            {"operation": "closing", "size": 3, "per_class": {}, "at_prediction": "scores"},
         ),
         (
             {
@@ -93,14 +93,14 @@ def test_thresholds_are_what_the_engine_takes(tmp_path, threshold, built):
                 "operation": "open",
                 "size": [3, 5],
                 "footprint": "cross",
-                "refine_predictions": True,
+                "at_prediction": "class_maps",
                 "per_class": {"2": {"operation": "both", "size": 7}},
             },
             {
                 "operation": "opening",
                 "size": (3, 5),
                 "footprint": "cross",
-                "refine_predictions": True,
+                "at_prediction": "class_maps",
                 "per_class": {"2": {"operation": "opening_closing", "size": 7}},
             },
         ),
@@ -192,8 +192,8 @@ def test_paper_threshold_takes_the_place_of_the_bound(tmp_path):
             "morphology.noise_multiplier: there is no such setting",
         ),
         (
-            {"morphology": {"kind": "none", "refine_predictions": True}},
-            "morphology.refine_predictions: .*got True",
+            {"morphology": {"kind": "none", "at_prediction": "scores"}},
+            "morphology.at_prediction: there is no such setting",
         ),
         (
             {"morphology": {"kind": "adaptive"}, "privacy.privacy_unit": "patient"},
@@ -230,8 +230,8 @@ def test_paper_threshold_takes_the_place_of_the_bound(tmp_path):
             "the file: morphology.kind 'adaptive' needs privacy.private = true",
         ),
         (
-            {"morphology": {"kind": "fixed", "all_channels": True, "refine_predictions": True}},
-            "morphology: refine_predictions must be false with all_channels",
+            {"morphology": {"kind": "fixed", "all_channels": True, "at_prediction": "class_maps"}},
+            "morphology: at_prediction must not be 'class_maps' with all_channels",
         ),
         ({"privacy.target_epsilon": 8.0}, "privacy: one of target_epsilon and noise_multiplier"),
         ({"privacy.max_samples_per_unit": 2}, "privacy: max_samples_per_unit has no effect"),
