@@ -99,7 +99,7 @@ def test_numbers_on_the_page_are_those_of_the_runs(runs, tmp_path):
     said = Page((tmp_path / "page.html").read_text(encoding="utf-8")).text
     report = json.loads((runs[0] / "report.json").read_text())
     dice = report["results"]["sites"]["site 2"]["dice"][0]
-    assert (f"{dice:.3g}" if dice < 0.1 else f"{dice:.3f}") in said
+    assert f"{dice:.3f}" in said
     epsilon = report["privacy"]["epsilon"]
     assert (f"{epsilon:.2f}" if epsilon >= 2 else f"{epsilon:.3f}") in said
 

@@ -14,13 +14,16 @@ from numpy.typing import NDArray
 from dpfast.federated.report.runs import Group, Run
 from dpfast.segmentation._extras import needs_extra
 
-__all__ = ["boundaries", "convergence", "per_site"]
+__all__ = ["boundaries", "class_colour", "convergence", "per_site"]
 
-# Readable for people who see colours differently (Okabe and Ito 2008), black last.
+# Readable for people who see colours differently (Okabe and Ito 2008): for lines on white, and for
+# outlines on gray images.
 _COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
     *("#7F7F7F", "#000000"),
 )
+_OUTLINES = (*_COLOURS[:6], "#F0E442", "#FFFFFF")
+_LOG_FROM = 3.0  # as soon as the largest value is so many times the smallest
 # Narrow, so that a phone shows it without making the letters small.
 _SIZE = (4.4, 3.0)
 _STYLE: Any = {
@@ -63,7 +66,7 @@ def convergence(groups: Sequence[Group], score: str, label: str) -> str:
     return _svg(figure)
 
 
-def per_site(curves: Mapping[str, Mapping[int, float]], label: str, *, log: bool = False) -> str:
+def per_site(curves: Mapping[str, Mapping[int, float]], label: str) -> str:
     """What each site said over rounds; empty where there is nothing to show."""
     if not any(curves.values()):
         return ""
@@ -77,8 +80,11 @@ def per_site(curves: Mapping[str, Mapping[int, float]], label: str, *, log: bool
             label=site,
             linewidth=1.4,
         )
-    if log:
+    values = [value for curve in curves.values() for value in curve.values()]
+    if min(values) > 0.0 and max(values) / min(values) >= _LOG_FROM:
         axes.set_yscale("log")
+    elif max(values) == min(values):
+        axes.set_ylim(0.0, 2.0 * max(values) or 1.0)
     axes.set_xlabel("round")
     axes.set_ylabel(label)
     _whole_rounds(axes)
@@ -89,14 +95,17 @@ def per_site(curves: Mapping[str, Mapping[int, float]], label: str, *, log: bool
 def boundaries(run: Run, number: int) -> str:
     """One example: the image, with the boundaries of the truth and of the prediction."""
     image, truth, found = (run.examples[f"{k}_{number}"] for k in ("image", "truth", "prediction"))
-    figure, (left, right) = _plots(1, 2, (4.4, 2.3))
+    width, title = _SIZE[0], 0.3
+    figure, (left, right) = _plots(
+        1, 2, (width, title + 0.5 * width * image.shape[0] / image.shape[1])
+    )
     classes = range(1, len(run.class_names) + 1)
     for axes, label, title in ((left, truth, "truth"), (right, found, "prediction")):
         axes.imshow(image, cmap="gray", interpolation="nearest")
         for each in classes:
             inside = label == each
             if inside.any():
-                _outline(axes, inside, _COLOURS[(each - 1) % len(_COLOURS)])
+                _outline(axes, inside, class_colour(each - 1))
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()
     return _png(figure)
@@ -104,7 +113,7 @@ def boundaries(run: Run, number: int) -> str:
 
 def class_colour(number: int) -> str:
     """Of a foreground class from 0, in `boundaries`."""
-    return _COLOURS[number % len(_COLOURS)]
+    return _OUTLINES[number % len(_OUTLINES)]
 
 
 def _outline(axes: Any, inside: NDArray[np.bool_], colour: str) -> None:

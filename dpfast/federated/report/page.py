@@ -15,7 +15,8 @@ from dpfast.segmentation.run_folder import write_atomically
 
 __all__ = ["write_report"]
 
-_SCORES = (("dice", "Dice"), ("hausdorff95", "95 % Hausdorff distance (pixels)"))
+_SCORES = (("dice", "Dice"), ("hausdorff95", "95 % Hausdorff distance, pixels"))
+_AXES = {"dice": "Dice", "hausdorff95": "pixels"}
 
 
 def write_report(paths: Sequence[Path], output: Path) -> None:
@@ -51,7 +52,7 @@ def _content(groups: Sequence[Group]) -> dict[str, Any]:
         "num_runs": sum(len(group.runs) for group in groups),
         "comparison": [_line(group) for group in groups],
         "convergence": [
-            (label, figures.convergence(groups, name, label)) for name, label in _SCORES
+            (label, figures.convergence(groups, name, _AXES[name])) for name, label in _SCORES
         ],
         "groups": [_details(group) for group in groups],
         "versions": groups[0].first.report["versions"],
@@ -100,7 +101,7 @@ def _details(group: Group) -> dict[str, Any]:
             (name, figures.class_colour(number)) for number, name in enumerate(run.class_names)
         ],
         "reasons": privacy["reasons"],
-        "not_covered": privacy["not_covered"],
+        "not_covered": privacy["not_covered"].rstrip("."),
         "over_sites": privacy["over_sites"],
         "misses": [(each.path.name, *miss) for each in group.runs for miss in each.misses()],
         "settings": run.text,
@@ -118,13 +119,8 @@ def _table(group: Group, score: str) -> list[tuple[str, list[Spread]]]:
 
 def _curves(run: Run) -> list[tuple[str, str]]:
     """Figures of what the sites said over rounds, those that have something to show."""
-    wanted = (
-        ("epsilon", "ε spent", False),
-        ("max_grad_norm", "clipping threshold", True),
-    )
-    drawn = [
-        (label, figures.per_site(run.of_sites(name), label, log=log)) for name, label, log in wanted
-    ]
+    wanted = (("epsilon", "ε spent"), ("max_grad_norm", "clipping threshold"))
+    drawn = [(label, figures.per_site(run.of_sites(name), label)) for name, label in wanted]
     return [(label, uri) for label, uri in drawn if uri]
 
 
@@ -133,12 +129,14 @@ def _spoken_spread(spread: Spread) -> str:
         return "none"
     if spread.count == 1:
         return _spoken(spread.mean)
-    return f"{_spoken(spread.mean)} ± {_spoken(spread.deviation)}"
+    digits = _digits(spread.mean)
+    return f"{spread.mean:.{digits}f} ± {spread.deviation:.{digits}f}"
 
 
 def _spoken(value: float) -> str:
-    if math.isinf(value):
-        return "infinite"
-    return (
-        f"{value:.2f}" if abs(value) >= 2.0 else f"{value:.3g}" if value < 0.1 else f"{value:.3f}"
-    )
+    return "infinite" if math.isinf(value) else f"{value:.{_digits(value)}f}"
+
+
+def _digits(value: float) -> int:
+    """Behind the point: scores have three, distances and epsilons two."""
+    return 3 if abs(value) < 2.0 else 2
