@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 NAMES = ["site 1", "site 2"]
 # A round takes a few seconds, so that there is a middle of it.
 SLOW_ROUNDS = {
-    "data": {"patients": 400},
+    "data": {"patients": 300},
     "sites": {"number": 2},
     "training": {"local_epochs": 2},
     "federation": {"rounds": 3},

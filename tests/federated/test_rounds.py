@@ -6,10 +6,19 @@ import pytest
 
 pytest.importorskip("flwr")
 
+from flwr.app import ConfigRecord
+
 from dpfast.federated.flower.in_process import InProcessGrid
+from dpfast.federated.flower.messages import evaluation, to_arrays, to_weights, weighted
 from dpfast.federated.rounds import MissingSitesError, Policy, Rounds
 from dpfast.federated.run_folder import FederatedFolder
-from dpfast.federated.strategies import STRATEGIES, PrivateSites, make_strategy
+from dpfast.federated.strategies import (
+    STRATEGIES,
+    PrivateSites,
+    RunningMean,
+    begins_with_a_mean,
+    make_strategy,
+)
 from dpfast.federated.weights import digest, problem_with, weights_of
 from dpfast.privacy import PrivacyLedger
 from dpfast.segmentation.models import build_model
@@ -311,3 +320,31 @@ class TestPrivateSites:
         rounds, ledger = self.rounds(tmp_path, sites, weights, seed=1)
         rounds.run(Quiet())
         assert math.isinf(ledger.epsilon(1e-3))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_mean_of_replies_stands_for_all_of_them_where_that_is_claimed(name):
+    rng = np.random.default_rng(0)
+    given = {"w": rng.normal(size=(3, 4)).astype(np.float32)}
+    updates = [{"w": rng.normal(size=(3, 4)).astype(np.float32)} for _ in range(8)]
+    shares = [1.0, 2.0, 1.0, 0.5, 1.0, 3.0, 1.0, 1.0]
+    grid = InProcessGrid(dict.fromkeys("ABCDEFGH"))
+    template = evaluation(to_arrays(given), 1, [2])[0]
+
+    def joined(replies):
+        strategy = make_strategy(name, num_sites=8)
+        list(strategy.configure_train(1, to_arrays(given), ConfigRecord(), grid))
+        result, _ = strategy.aggregate_train(1, replies)
+        return strategy, to_weights(result)["w"]
+
+    strategy, wanted = joined(
+        [weighted(template, update, share) for update, share in zip(updates, shares, strict=True)]
+    )
+    if not begins_with_a_mean(strategy):
+        assert name in {"fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"}
+        return
+    mean = RunningMean()
+    for update, share in zip(updates, shares, strict=True):
+        mean.add(update, share)
+    _, found = joined([weighted(template, *mean.result())])
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)

@@ -41,6 +41,7 @@ with needs_extra("dpfast site", extra="federated"):
 __all__ = ["Runtime", "answer_next", "serving_grid"]
 
 _POLL_SECONDS = 0.5
+_PART_SECONDS = 60.0  # in which some part of a message must come
 _TRIES = 5  # more would wait for a SuperLink that is gone
 _ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 
@@ -96,10 +97,18 @@ def answer_next(runtime: Runtime, app: ClientApp, seconds: float) -> bool:
     client = runtime.client(RuntimeTokenHttpInterceptor(token))
     beat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     beat.start()
-    context: Context | None = None
     try:
         # The bundle that came with the run is left as it is: nothing of it is run.
-        message, context, _, _ = pull_task_input(client)
+        impatient: Any = _Impatient(client)
+        message, context, _, _ = pull_task_input(impatient)
+    except Exception:
+        # A run that ended while the server was gone; or the SuperNode is gone itself.
+        with suppress(httpx.HTTPError):
+            push_task_output(client, None, SubStatus.FAILED, "the message never came")
+        beat.stop()
+        client.close()
+        return False
+    try:
         push_message(client, _answer(app, message, context), context)
         push_task_output(client, context, SubStatus.COMPLETED, "")
     except httpx.HTTPError:
@@ -111,6 +120,33 @@ def answer_next(runtime: Runtime, app: ClientApp, seconds: float) -> bool:
         beat.stop()
         client.close()
     return True
+
+
+class _LostMessageError(Exception):
+    """A message whose parts do not come, as of a run that ended while the server was gone."""
+
+
+class _Impatient:
+    """A connection that does not wait for parts of a message for ever.
+
+    Args:
+      client: to a SuperNode.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client, self._last = client, time.monotonic()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802  Flower's name
+        """A part, or word that it is not there yet."""
+        answer = self._client.PullObject(request)
+        if answer.object_available:
+            self._last = time.monotonic()
+        elif time.monotonic() - self._last > _PART_SECONDS:
+            raise _LostMessageError
+        return answer
 
 
 def _answer(app: ClientApp, message: Message, context: Context) -> Message:

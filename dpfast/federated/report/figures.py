@@ -95,9 +95,9 @@ def per_site(curves: Mapping[str, Mapping[int, float]], label: str) -> str:
 def boundaries(run: Run, number: int) -> str:
     """One example: the image, with the boundaries of the truth and of the prediction."""
     image, truth, found = (run.examples[f"{k}_{number}"] for k in ("image", "truth", "prediction"))
-    width, title = _SIZE[0], 0.3
+    width, heading = _SIZE[0], 0.3
     figure, (left, right) = _plots(
-        1, 2, (width, title + 0.5 * width * image.shape[0] / image.shape[1])
+        1, 2, (width, heading + 0.5 * width * image.shape[0] / image.shape[1])
     )
     classes = range(1, len(run.class_names) + 1)
     for axes, label, title in ((left, truth, "truth"), (right, found, "prediction")):
