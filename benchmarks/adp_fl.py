@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import _adp_fl_report
-from benchmarks._adp_fl_report import EPSILONS, FIXED, METHODS
+from benchmarks._adp_fl_report import EPSILONS, FIXED
 from benchmarks._record import RESULTS, ROOT, device_slug, environment, write_json
 from benchmarks.utility import set_value
 
@@ -111,12 +111,10 @@ def one_run(task: str, data: Path, key: Key, work: Path, rounds: int | None) -> 
 
 
 def planned_runs() -> list[Key]:
-    """Every run of a task, seeds last: an interrupted experiment has whole comparisons."""
-    found: list[Key] = []
-    for seed in SEEDS:
-        found.append(("non_private", None, seed))
-        private = [method for method in METHODS if method != "non_private"]
-        found += [(m, e, seed) for e, m in itertools.product(EPSILONS, private)]
+    """Every run of a task; the comparison that the paper makes comes first."""
+    found: list[Key] = [("non_private", None, seed) for seed in SEEDS]
+    for methods in (("adp_fl", "dp_fl_1"), ("dp_fl_small",)):
+        found += [(m, e, s) for s, e, m in itertools.product(SEEDS, EPSILONS, methods)]
     return found
 
 
