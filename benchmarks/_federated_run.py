@@ -82,6 +82,9 @@ class _Quiet:
     def started(self, sites: Any, rounds_done: int, rounds: int) -> None:
         pass
 
+    def heard(self, round_number: int, site: str, status: str) -> None:
+        pass
+
     def finished_round(self, line: Mapping[str, Any]) -> None:
         pass
 

@@ -39,6 +39,9 @@ class _Silent:
     def started(self, sites: Iterable[str], rounds_done: int, rounds: int) -> None:
         return
 
+    def heard(self, round_number: int, site: str, status: str) -> None:
+        return
+
     def finished_round(self, line: Mapping[str, Any]) -> None:
         return
 

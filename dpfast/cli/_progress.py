@@ -1,26 +1,32 @@
-"""What people see of a federated run: a bar over its rounds, and a line for each."""
+"""What people see of a run: a progress bar, and lines above it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-__all__ = ["RoundsBar", "mean", "report_table", "spoken"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["RunBar", "spoken"]
 
 
-class RoundsBar:
-    """Shows a run: a progress bar over its rounds, and a line for each."""
+class RunBar:
+    """A progress bar while it is used as a context.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+      console: where it is shown.
+      unit: of progress, such as "step".
+    """
+
+    def __init__(self, console: Console, unit: str) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn(f"{unit} {{task.completed:.0f}}/{{task.total:.0f}}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -28,7 +34,7 @@ class RoundsBar:
         )
         self._task: Any = None
 
-    def __enter__(self) -> RoundsBar:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -40,55 +46,23 @@ class RoundsBar:
     ) -> None:
         self._progress.stop()
 
-    def named(self, method: str) -> RoundsBar:
-        """The same for one of several runs."""
-        self._say(f"[{method}]")
-        return self
-
-    def started(self, sites: Iterable[str], rounds_done: int, rounds: int) -> None:
-        """See rounds.Observer."""
-        self._say(f"sites: {', '.join(sites)}")
-        if rounds_done:
-            self._say(f"going on after round {rounds_done}")
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task("training", total=rounds, completed=rounds_done)
-
-    def finished_round(self, line: Mapping[str, Any]) -> None:
-        """See rounds.Observer."""
-        dice = None if line["scores"] is None else mean(line["scores"]["dice"])
-        dice_said = "" if dice is None else f", validation Dice {dice:.3f}"
-        self._say(f"round {line['round']}: epsilon {spoken(line['epsilon'])}{dice_said}")
-        for name, site in line["sites"].items():
-            if site["status"] != "trained" and site["reason"]:
-                self._say(f"  {name}: {site['status']}, {site['reason']}")
-        self._progress.update(self._task, completed=line["round"])
-
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """A line above the bar."""
         self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def begin(self, done: int, total: int) -> None:
+        """Show the bar, of another run if there was one."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task("training", total=total, completed=done)
 
-def report_table(report: Mapping[str, Any]) -> Table:
-    """What a finished run came to."""
-    privacy, sites = report["privacy"], report["results"]["sites"]
-    table = Table(show_header=False)
-    table.add_row("method", report["run"]["method"])
-    table.add_row("validation Dice", spoken(mean(report["results"]["scores"]["dice"])))
-    for name, scores in sites.items():
-        if scores is not None:
-            table.add_row(f"  at {name}", spoken(mean(scores["dice"])))
-    for name in ("epsilon", "delta", "privacy_unit", "guarantee"):
-        table.add_row(name.replace("_", " "), spoken(privacy[name]))
-    if privacy["reasons"]:
-        table.add_row("because", "; ".join(privacy["reasons"]))
-    table.add_row("not covered", privacy["not_covered"])
-    return table
+    def advance(self, done: int) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=done)
 
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Of what is known; None: nothing is."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    def describe(self, text: str) -> None:
+        """Say beside the bar what is going on."""
+        self._progress.update(self._task, description=text)
 
 
 def spoken(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dpfast.cli._progress import RoundsBar, report_table
+from dpfast.cli._rounds import RoundsBar, report_table
 from dpfast.errors import PrivacyError
 
 __all__ = ["certificates", "server", "site"]

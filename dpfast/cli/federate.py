@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dpfast.cli._progress import RoundsBar, mean, report_table, spoken
+from dpfast.cli._progress import spoken
+from dpfast.cli._rounds import RoundsBar, mean, report_table
 from dpfast.errors import PrivacyError
 
 __all__ = ["federate"]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dpfast.cli._progress import RunBar, spoken
 from dpfast.errors import PrivacyError
 
 __all__ = ["train"]
@@ -38,64 +37,40 @@ def train(
     console.print(_table(report))
 
 
-class _Bar:
+class _Bar(RunBar):
     """Shows a run: a progress bar, and a line for each epoch."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self._task: Any = None
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
+        super().__init__(console, "step")
 
     def started(self, data: Mapping[str, Any], steps: int, total_steps: int) -> None:
         """See training.Observer."""
-        self._say(
+        self.say(
             f"{data['name']}: {data['training_units']} {data['unit']}s for training and "
             f"{data['validation_units']} for validation, {data['classes']} classes"
         )
         if steps:
-            self._say(f"going on after step {steps}")
-        self._task = self._progress.add_task("training", total=total_steps, completed=steps)
+            self.say(f"going on after step {steps}")
+        self.begin(steps, total_steps)
 
     def stepped(self, steps: int) -> None:
         """See training.Observer."""
-        self._progress.update(self._task, completed=steps)
+        self.advance(steps)
 
     def evaluated(self, metrics: Mapping[str, Any]) -> None:
         """See training.Observer."""
-        self._say(
-            f"epoch {metrics['epoch']}: epsilon {_shown(metrics['epsilon'])}, "
+        self.say(
+            f"epoch {metrics['epoch']}: epsilon {spoken(metrics['epsilon'])}, "
             f"validation Dice {metrics['validation_dice']:.3f}"
         )
-
-    def _say(self, line: str) -> None:
-        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(report: Mapping[str, Any]) -> Table:
     privacy, results = report["privacy"], report["results"]
     lines = {
         "validation Dice": f"{results['validation_dice']:.3f}",
-        "epsilon": _shown(privacy["epsilon"]),
-        **{name: _shown(privacy[name]) for name in ("delta", "privacy_unit") if name in privacy},
+        "epsilon": spoken(privacy["epsilon"]),
+        **{name: spoken(privacy[name]) for name in ("delta", "privacy_unit") if name in privacy},
         "guarantee": privacy["guarantee"],
         **({"because": "; ".join(privacy["reasons"])} if "reasons" in privacy else {}),
         "not covered": privacy["not_covered"],
@@ -104,7 +79,3 @@ def _table(report: Mapping[str, Any]) -> Table:
     for name, value in lines.items():
         table.add_row(name.replace("_", " "), value)
     return table
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -48,6 +48,9 @@ class Observer(Protocol):
     def started(self, sites: Iterable[str], rounds_done: int, rounds: int) -> None:
         """Before the first round."""
 
+    def heard(self, round_number: int, site: str, status: str) -> None:
+        """After each site's reply: "trained", "refused" or "failed"."""
+
     def finished_round(self, line: Mapping[str, Any]) -> None:
         """After each round, with its line of rounds.jsonl."""
 
@@ -122,7 +125,7 @@ class Rounds:
         """
         observer.started(sorted(self._sites.values()), len(self.lines), self._policy.rounds)
         for number in range(len(self.lines) + 1, self._policy.rounds + 1):
-            line = self._round(number)
+            line = self._round(number, observer)
             self.lines.append(line)
             self._folder.write_checkpoint(
                 {
@@ -141,7 +144,7 @@ class Rounds:
             return self._server_epsilon()
         return max(self._epsilons.values(), default=math.inf)
 
-    def _round(self, number: int) -> dict[str, Any]:
+    def _round(self, number: int, observer: Observer) -> dict[str, Any]:
         began = time.monotonic()
         given = digest(self.weights)
         arrays = to_arrays(self.weights)
@@ -151,6 +154,9 @@ class Rounds:
         collected = _Collected(begins_with_a_mean(self._strategy))
         for reply in self._replies(requests):
             self._take(number, given, *reply, collected, told)
+            name = reply[1]
+            if name in told:
+                observer.heard(number, name, told[name]["status"])
         if collected.count < min(self._policy.min_sites, len(asked)):
             reasons = "; ".join(
                 f"{name}: {each['reason']}"

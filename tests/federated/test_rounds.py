@@ -37,6 +37,9 @@ class Quiet:
     def started(self, sites, rounds_done, rounds):
         self.began = (list(sites), rounds_done, rounds)
 
+    def heard(self, round_number, site, status):
+        pass
+
     def finished_round(self, line):
         self.lines.append(line)
 

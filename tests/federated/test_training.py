@@ -16,10 +16,13 @@ PLAIN = dict.fromkeys(("noise_multiplier", "target_delta", "max_grad_norm"))
 
 class Watch:
     def __init__(self, stop_after=None):
-        self.stop_after, self.lines = stop_after, []
+        self.stop_after, self.lines, self.replies = stop_after, [], []
 
     def started(self, sites, rounds_done, rounds):
         self.sites, self.rounds_done = list(sites), rounds_done
+
+    def heard(self, round_number, site, status):
+        self.replies.append((round_number, site, status))
 
     def finished_round(self, line):
         self.lines.append(line)
@@ -66,6 +69,7 @@ def test_a_run_that_was_stopped_goes_on_with_its_ledgers_right(tmp_path):
     watch = Watch()
     report = federate(file, watch)
     assert watch.rounds_done == 2
+    assert watch.replies == [(3, f"site {number}", "trained") for number in (1, 2, 3)]
     assert [line["round"] for line in watch.lines] == [3]
     whole = run(tmp_path / "whole")
     assert report["privacy"] == whole["privacy"]
