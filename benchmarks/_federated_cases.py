@@ -60,4 +60,4 @@ def memory_cases(*, quick: bool) -> list[Case]:
     """Rows whose memory is measured: the same network at more and more sites."""
     if quick:
         return [Case(2, 12, (4, 8), batch=2, rounds=1)]
-    return [Case(n, 12, (64, 128, 256, 512), batch=2, rounds=1) for n in (2, 8, 32)]
+    return [Case(n, 10, (64, 128, 256, 512, 512), batch=2, rounds=1) for n in (2, 8, 32)]

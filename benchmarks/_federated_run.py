@@ -28,6 +28,7 @@ _SETTINGS = """\
 [data]
 kind = "phantoms"
 patients = {patients}
+validation_fraction = 0.4
 
 [sites]
 kind = "iid"
