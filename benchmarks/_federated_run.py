@@ -172,6 +172,7 @@ def run(case: Case, *, rounds: int | None = None) -> Seconds:
                 server.run(_Quiet())
                 seconds.total = time.perf_counter() - began
         finally:
+            grid.close()
             for site in sites:
                 site.close()
     return seconds

@@ -108,13 +108,15 @@ class Rounds:
         self.weights: Weights = dict(weights)
         self.lines: list[dict[str, Any]] = []
         self._epsilons: dict[str, float] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
         state = folder.checkpoint()
         if state is not None:
             self.weights = {name: each.numpy() for name, each in state["weights"].items()}
             load_strategy_state(strategy, state["strategy"])
             self.lines = state["lines"]
             self._epsilons = state["epsilons"]
-            folder.write_rounds(self.lines)
+            self._entries = state["entries"]
+            folder.write_progress(self.lines, self._entries)
 
     def run(self, observer: Observer) -> None:
         """All rounds that are left.
@@ -133,9 +135,10 @@ class Rounds:
                     "strategy": strategy_state(self._strategy),
                     "lines": self.lines,
                     "epsilons": self._epsilons,
+                    "entries": self._entries,
                 }
             )
-            self._folder.write_rounds(self.lines)
+            self._folder.write_progress(self.lines, self._entries)
             observer.finished_round(line)
 
     def epsilon(self) -> float:
@@ -253,7 +256,7 @@ class Rounds:
             "max_grad_norm": update.privacy.get("max_grad_norm"),
             "scores": None,
         }
-        self._folder.write_ledger_entry(name, update.privacy)
+        self._entries[name] = dict(update.privacy)
 
     def _checked(self, weights: Weights) -> Weights:
         # A strategy may have widened what it averaged.

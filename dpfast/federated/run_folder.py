@@ -100,16 +100,26 @@ class FederatedFolder:
         """Replace the checkpoint."""
         write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(dict(state), file))
 
-    def write_rounds(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Replace rounds.jsonl by the rounds up to the checkpoint, none twice."""
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        write_atomically(self.path / "rounds.jsonl", lambda file: file.write(text.encode()))
+    def write_progress(
+        self, lines: Sequence[Mapping[str, Any]], entries: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Replace rounds.jsonl and the sites' ledger entries by what the checkpoint has.
 
-    def write_ledger_entry(self, site: str, entry: Mapping[str, Any]) -> None:
-        """Keep what a site says that it has spent."""
-        text = json.dumps(dict(entry), indent=2, allow_nan=False) + "\n"
-        path = self.path / "ledgers" / f"{_file_name(site)}.json"
-        write_atomically(path, lambda file: file.write(text.encode()))
+        A continuation writes them again from there, so that no disk is waited for.
+
+        Args:
+          lines: of all rounds up to the checkpoint, none twice.
+          entries: what each site has said that it has spent.
+        """
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        self._write(self.path / "rounds.jsonl", text)
+        for site, entry in entries.items():
+            said = json.dumps(dict(entry), indent=2, allow_nan=False) + "\n"
+            self._write(self.path / "ledgers" / f"{_file_name(site)}.json", said)
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        write_atomically(path, lambda file: file.write(text.encode()), durable=False)
 
 
 def _file_name(site: str) -> str:

@@ -79,6 +79,7 @@ def _in_process(
             sites[name] = make_site(settings, name, own, folder.site(name))
             stack.callback(sites[name].close)
         grid = InProcessGrid(sites)
+        stack.callback(grid.close)
         server = stack.enter_context(Server(settings, task, folder, grid, grid.nodes))
         model, rounds = server.run(observer)
         told = {name: site.morphology for name, site in sites.items()}

@@ -158,18 +158,29 @@ def refuse_other_settings(folder: Path, ours: BaseModel, theirs: BaseModel) -> N
             )
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file beside its final place and move it there when it is whole and on the disk."""
+def write_atomically(
+    path: Path, write: Callable[[IO[bytes]], object], *, durable: bool = True
+) -> None:
+    """Write a file beside its final place and move it there when it is whole and on the disk.
+
+    Args:
+      path: the final place.
+      write: writes the content.
+      durable: False: what can be made again after a loss of power is not waited for.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+    if not durable:
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name, too

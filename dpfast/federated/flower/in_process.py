@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
@@ -44,7 +45,15 @@ class InProcessGrid(Grid):
             lambda context: nullcontext(self._sites[self.nodes[context.node_id]])
         )
         self._replies: dict[str, Message] = {}
+        # MONAI's networks refer to themselves: without a collection after each answer, as many
+        # would be in memory as Python's counters let be. What is here already need not be searched.
+        gc.collect()
+        gc.freeze()
         self.set_run(Run.create_empty(_RUN))
+
+    def close(self) -> None:
+        """Let the collector see again what was there before."""
+        gc.unfreeze()
 
     def set_run(self, run: Run) -> None:
         """See Flower; the identity is the process's, so that there is one run in it at a time."""
@@ -102,3 +111,5 @@ class InProcessGrid(Grid):
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+        finally:
+            gc.collect()
