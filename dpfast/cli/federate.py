@@ -56,6 +56,8 @@ def federate(
         print(f"dpfast federate: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     console.print(table)
+    if demo:
+        print(output / "report.html")
 
 
 def _comparison(reports: Mapping[str, Mapping[str, Any]]) -> Table:

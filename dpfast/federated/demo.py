@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dpfast.federated.report import write_report
 from dpfast.federated.rounds import Observer
 from dpfast.federated.training import federate
 
@@ -61,10 +62,12 @@ def demonstrate(folder: Path, observer: Callable[[str], Observer]) -> dict[str, 
       What each run's report.json holds, by method.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    reports = {}
+    reports, runs = {}, []
     for number, (name, privacy) in enumerate(METHODS.items()):
         run = folder / f"run{number}"
         file = folder / f"run{number}.toml"
         file.write_text(_SETTINGS.format(privacy=privacy, folder=run.as_posix()))
         reports[name] = federate(file, observer(name))
+        runs.append(run)
+    write_report(runs, folder / "report.html")
     return reports

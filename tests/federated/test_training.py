@@ -212,5 +212,6 @@ def test_the_demonstration_learns(tmp_path):
 
     reports = demonstrate(tmp_path, lambda name: Watch())
     assert list(reports) == list(METHODS)
+    assert "ADP-FL" in (tmp_path / "report.html").read_text(encoding="utf-8")
     for report in reports.values():
         assert report["results"]["scores"]["dice"][0] > 0.8
