@@ -163,3 +163,25 @@ def test_events_of_other_kinds_are_refused():
 def test_delta_must_be_a_probability(delta):
     with pytest.raises(ValueError, match="epsilon: delta must be"):
         epsilon([(GAUSSIAN(1.0), 1)], delta)
+
+
+def test_epsilon_has_the_library_s_own_bits_whatever_was_asked_before():
+    def sampled(noise, rate):
+        return dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise))
+
+    relation = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+    release = dp.GaussianDpEvent(10.0)
+    for events in (
+        [(sampled(1.1, 0.02), 100)],
+        [(sampled(1.1, 0.02), 300)],
+        [(release, 1), (sampled(1.1, 0.02), 200)],
+        [(sampled(1.1, 0.02), 50), (sampled(2.0, 0.1), 7), (release, 2)],
+        [(sampled(1.1, 0.0), 50), (sampled(2.0, 0.1), 3)],
+        [(sampled(2.0, 1.0), 3)],
+    ):
+        stock = PLDAccountant(neighboring_relation=relation)
+        for event, count in events:
+            stock.compose(event, count)
+        assert epsilon(events, 1e-5) == stock.get_epsilon(1e-5)
+    free = [(sampled(0.0, 0.02), 1)]
+    assert epsilon(free, 1e-5) == math.inf
