@@ -14,8 +14,10 @@ __all__ = [
     "MEMORY_GROWTH_TARGET",
     "MEMORY_TARGET",
     "TEXT",
+    "backward_target",
     "kornia_target",
     "opencv_target",
+    "quoted_ratios",
     "tables",
     "unmeasured",
 ]
@@ -41,7 +43,9 @@ against where each of the input's distinct values went. In bfloat16, which has t
 gradient is compared with its own in float32, and max-pool's is not measured.
 
 OpenCV is `cv2.morphologyEx` on one plane after the other, into given memory, or with the planes
-shared out among as many threads; the faster of the two counts. "max-pool" is
+shared out among as many threads; the faster of the two counts. The others allocate their results,
+which glibc is told to keep when they are freed: new pages, of which every first touch costs, would
+fall on whoever comes at the wrong time. "max-pool" is
 `-max_pool(-max_pool(x))` over the whole element, "max-pool by axis" takes one axis after the other.
 kornia is slow on the CPU and measured at few sizes there. SciPy is `grey_closing` on one image
 after the other, on one thread, with the border "nearest", for it has no geodesic one; it is
@@ -84,6 +88,11 @@ def opencv_target(case: Case) -> float | None:
     return _OPENCV_TARGET if _has_targets(case) else None
 
 
+def backward_target(case: Case, device_type: str) -> float | None:
+    """The most that result and gradient may take over the result alone; None where none was set."""
+    return BACKWARD_TARGET if device_type == "cpu" and _has_targets(case) else None
+
+
 def kornia_target(case: Case, device_type: str) -> float | None:
     """The least time of kornia's result and gradient over dpfast's; None where there is none."""
     if not _has_targets(case):
@@ -122,7 +131,7 @@ def _backward_headings() -> list[str]:
     return [*_CASE_HEADINGS, "ms", "over result alone", *peers, "spread"]
 
 
-def _ratios(row: dict[str, Any]) -> dict[str, float]:
+def quoted_ratios(row: dict[str, Any]) -> dict[str, float]:
     """The quoted ratios; OpenCV's is that of its faster way."""
     found = {name: float(value["median_of_rounds"]) for name, value in row["ratios"].items()}
     pool = found.get("opencv_pool_over_dpfast")
@@ -132,7 +141,7 @@ def _ratios(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _peer_cell(row: dict[str, Any], name: str, key: str, least: float | None = None) -> str:
-    ratios = _ratios(row)
+    ratios = quoted_ratios(row)
     if key in ratios:
         return _times(ratios[key], least=least)
     if name in row["failed"]:
@@ -147,7 +156,7 @@ def _own_cells(row: dict[str, Any], device_type: str, contender: str) -> list[st
 
 
 def _forward_cells(row: dict[str, Any], device_type: str) -> list[str]:
-    case, share = Case.from_json(row["case"]), _ratios(row)["share_of_bandwidth"]
+    case, share = Case.from_json(row["case"]), quoted_ratios(row)["share_of_bandwidth"]
     wanted = BANDWIDTH_TARGET if device_type == "cuda" and _has_targets(case) else None
     cells = _own_cells(row, device_type, DPFAST)
     cells.append(_mark(f"{100 * share:.1f} %", share, least=wanted))
@@ -159,9 +168,9 @@ def _forward_cells(row: dict[str, Any], device_type: str) -> list[str]:
 
 def _backward_cells(row: dict[str, Any], device_type: str) -> list[str]:
     case, contender = Case.from_json(row["case"]), f"{DPFAST}_backward"
-    most = BACKWARD_TARGET if device_type == "cpu" and _has_targets(case) else None
+    most = backward_target(case, device_type)
     cells = _own_cells(row, device_type, contender)
-    cells.append(_times(_ratios(row)["backward_over_forward"], most=most))
+    cells.append(_times(quoted_ratios(row)["backward_over_forward"], most=most))
     for name in _BACKWARD_PEERS:
         least = kornia_target(case, device_type) if name == "kornia" else None
         cells.append(_peer_cell(row, name, f"{name}_backward_over_dpfast", least))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import statistics
 import time
@@ -22,6 +23,7 @@ __all__ = [
     "Times",
     "capture",
     "clock_for",
+    "keep_freed_memory",
     "largest_cache_bytes",
     "measure",
     "ratio",
@@ -38,6 +40,21 @@ def largest_cache_bytes() -> int:
     """Size of the processor's last-level cache, 0 where the system does not tell."""
     sizes = [path.read_text().strip() for path in _CACHES.glob("index*/size")]
     return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=0)
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what is freed, for this process; False where there is no glibc.
+
+    With its defaults a result of some megabytes now and then lies in new pages. Touching these for
+    the first time takes several times as long as the fastest contenders, and falls on whoever comes
+    at the wrong time, unless it writes into given memory.
+    """
+    trim_threshold, mmap_max = -1, -4  # <malloc.h>
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,16 @@ from benchmarks._morphology_contenders import (
 )
 from benchmarks._morphology_memory import run_memory_case
 from benchmarks._record import failure
-from benchmarks._timing import Contender, Ratio, Times, clock_for, measure, ratio, summarise
+from benchmarks._timing import (
+    Contender,
+    Ratio,
+    Times,
+    clock_for,
+    keep_freed_memory,
+    measure,
+    ratio,
+    summarise,
+)
 
 __all__ = ["OP", "Settings", "run", "run_case"]
 
@@ -235,6 +244,7 @@ def run(
     held = memory_cases(quick=settings.quick)
     total = len(chosen) + len(held)
     rows, memory = [], []
+    keeps = device.type == "cpu" and keep_freed_memory()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the peers are theirs
         bandwidth = Bandwidth(device, quick=settings.quick)
@@ -252,6 +262,7 @@ def run(
     return {
         "op": OP,
         "quick": settings.quick,
+        "keeps_freed_memory": keeps,
         "bandwidth_by": bandwidth.contender.name,
         "rows": rows,
         "memory": memory,

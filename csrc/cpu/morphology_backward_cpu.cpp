@@ -1,10 +1,11 @@
 // The gradient goes back along the index that the forward pass has left. Floor: the output's
 // gradient and the index read once, the input's gradient written once.
 //
-// A sum of neighbouring outputs that took the same element waits for itself. So a channel is cut
-// into bands along its slowest axis, of which the first outputs are taken, then the second ones,
-// and so on: the bands are so wide that whatever a band takes from its predecessor it has taken
-// before that one comes to its end. Each sum thus has one order, later bands first. A thread owns
+// A sum of neighbouring outputs that took the same element waits for itself. So a slice is cut into
+// bands along the height, of which the first outputs are taken, then the second ones, and so on:
+// the bands are so wide that whatever a band takes from its predecessor it has taken before that
+// one comes to its end. Each sum thus has one order: slices in turn, of each the later bands first.
+// (Bands along the depth would spread over more pages than a processor remembers.) A thread owns
 // its own channels; or, where they are few, a range of the slowest axis, and looks for what arrives
 // there among all outputs from which it can be reached, in the same order.
 #include <algorithm>
@@ -71,14 +72,14 @@ struct Scatter {
     if (index[i] != kNoSource<Index>) sums[i + distance(index[i])] += sign * widen(grad, i);
   }
 
-  // `kBands` bands of the same length, side by side; then what is left of the last one.
+  // `kBands` bands of the same length, side by side; then what is left of [begin, end).
   template <int kBands>
-  void take_bands(std::int64_t band, std::int64_t volume) const {
-    for (std::int64_t i = 0; i < band; ++i) {
+  void take_bands(std::int64_t begin, std::int64_t end, std::int64_t band) const {
+    for (std::int64_t i = begin; i < begin + band; ++i) {
 #pragma GCC unroll 8
       for (int b = kBands - 1; b >= 0; --b) take(b * band + i);
     }
-    for (std::int64_t i = kBands * band; i < volume; ++i) take(i);
+    for (std::int64_t i = begin + kBands * band; i < end; ++i) take(i);
   }
 
   // Those in [begin, end) whose source lies in [low, high).
@@ -97,20 +98,34 @@ struct Share {
   std::int64_t low, high, begin, end;
 };
 
-// In which bands a channel is taken.
+// In which bands a slice is taken.
 struct Bands {
   int count;
   std::int64_t length;
 };
 
-Bands bands_of(const Morphology& call, int slow) {
-  const std::int64_t lines = call.size[slow], line = call.volume() / lines;
+Bands bands_of(const Morphology& call) {
+  const std::int64_t rows = call.size[1], row = call.size[2];
   for (const int count : {4, 2}) {
     // A wrapped border takes from the other end.
-    const bool near = call.border != Border::kWrap || call.reach[slow] == 0;
-    if (near && lines / count >= 2 * (call.reach[slow] + 1)) return {count, lines / count * line};
+    const bool near = call.border != Border::kWrap || call.reach[1] == 0;
+    if (near && rows / count >= 2 * (call.reach[1] + 1)) return {count, rows / count * row};
   }
-  return {1, call.volume()};
+  return {1, rows * row};
+}
+
+// As take_bands does, for one thread's share.
+template <class Scatter>
+void take_slice_within(const Scatter& scatter, std::int64_t begin, std::int64_t end,
+                       const Bands& bands, const Share& share) {
+  const auto take = [&](std::int64_t from, std::int64_t to) {
+    scatter.take_within(std::max(share.begin, from), std::min(share.end, to), share.low,
+                        share.high);
+  };
+  for (int b = bands.count - 1; b >= 0; --b) {
+    take(begin + b * bands.length, begin + (b + 1) * bands.length);
+  }
+  take(begin + bands.count * bands.length, end);
 }
 
 template <class Grad, class Index, class Sum, class Distance>
@@ -119,34 +134,39 @@ void collect(const Morphology& call, Distance distance, std::int64_t channel,
   const std::int64_t volume = call.volume(), at = channel * volume;
   const std::int64_t tensor = call.batch * call.channels * volume;
   const Index* index = static_cast<const Index*>(call.index) + at;
-  std::fill(sums + share.low, sums + share.high, Sum{0});
+  // Sums begin at zero shortly before their first element arrives, to be in the cache then.
+  std::int64_t begun = share.low;
+  const auto begin_sums = [&](std::int64_t end) {
+    end = std::clamp(end, begun, share.high);
+    std::fill(sums + begun, sums + end, Sum{0});
+    begun = end;
+  };
   for (const MorphologyTerm& term : call.program(channel % call.channels)) {
     const Scatter<Grad, Index, Sum, Distance> scatter{grad_output + at, index, distance,
                                                       static_cast<Sum>(term.sign), sums};
     if (term.stages.empty()) {
+      begin_sums(share.high);
       for (std::int64_t i = share.low; i < share.high; ++i) {
         sums[i] += scatter.sign * widen(scatter.grad, i);
       }
       continue;
     }
     index += tensor;
-    if (share.low == 0 && share.high == volume) {
-      if (bands.count == 4) {
-        scatter.template take_bands<4>(bands.length, volume);
+    const bool all = share.low == 0 && share.high == volume;
+    const std::int64_t slice = call.size[1] * call.size[2];
+    const std::int64_t ahead = call.border == Border::kWrap ? volume : (call.reach[0] + 1) * slice;
+    for (std::int64_t first = 0; first < volume; first += slice) {
+      begin_sums(first + ahead);
+      if (!all) {
+        take_slice_within(scatter, first, first + slice, bands, share);
+      } else if (bands.count == 4) {
+        scatter.template take_bands<4>(first, first + slice, bands.length);
       } else if (bands.count == 2) {
-        scatter.template take_bands<2>(bands.length, volume);
+        scatter.template take_bands<2>(first, first + slice, bands.length);
       } else {
-        scatter.template take_bands<1>(volume, volume);
+        scatter.template take_bands<1>(first, first + slice, bands.length);
       }
-      continue;
     }
-    // The last band's rest comes last of all.
-    const std::int64_t rest = bands.count * bands.length;
-    for (int b = bands.count - 1; b >= 0; --b) {
-      scatter.take_within(std::max(share.begin, b * bands.length),
-                          std::min(share.end, (b + 1) * bands.length), share.low, share.high);
-    }
-    scatter.take_within(std::max(share.begin, rest), share.end, share.low, share.high);
   }
 }
 
@@ -158,7 +178,7 @@ void run(const Morphology& call, const MorphologyBackward& grads, Distance dista
   const Grad* grad_output = static_cast<const Grad*>(grads.grad_output);
   constexpr bool kDirect = sizeof(Grad) == sizeof(Sum);
   const int slow = call.size[0] > 1 ? 0 : 1;
-  const Bands bands = bands_of(call, slow);
+  const Bands bands = bands_of(call);
   const std::int64_t lines = call.size[slow], line = volume / lines;
   const bool together = call.border != Border::kWrap && num_threads > 1 &&
                         channels < 4 * num_threads && volume >= kLargeChannel &&

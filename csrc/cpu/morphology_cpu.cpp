@@ -88,6 +88,24 @@ bool ends_negated(const std::vector<Step>& steps) {
   return negated;
 }
 
+// The chain's boxes where rows can stream through all of them at once, else none.
+std::vector<StreamBox> plan_stream(const MorphologyTerm& term, const Morphology& call) {
+  std::vector<StreamBox> boxes;
+  const bool wrap = call.border == Border::kWrap;  // the first row needs the last one
+  if (wrap || term.stages.size() > kStreamBoxes) return boxes;
+  bool dilate = true;
+  for (const MorphologyStage& stage : term.stages) {
+    bool small = stage.kind == ElementKind::kBox;
+    for (int axis = 0; axis < kSpatialAxes; ++axis) {
+      small &= stage.high[axis] - stage.low[axis] < kStreamWindow;
+    }
+    if (!small || (call.size[0] == 1 && stage.low[0] != stage.high[0])) return {};
+    boxes.push_back({stage.low, stage.high, !boxes.empty() && stage.dilate != dilate});
+    dilate = stage.dilate;
+  }
+  return boxes;
+}
+
 Sweep sweep_of(const Step& step) {
   return {step.axis, step.windows.data(), static_cast<int>(step.windows.size())};
 }
@@ -105,6 +123,7 @@ ElementSweep element_sweep_of(const Step& step) {
           nullptr};
 }
 
+// Keys that are ready for everything, or values.
 ItemKind kind_of(DType dtype, bool keys) {
   if (dtype == DType::kFloat64) return keys ? ItemKind::kDoubleKey : ItemKind::kDouble;
   return keys ? ItemKind::kSingleKey : ItemKind::kSingle;
@@ -115,39 +134,48 @@ struct PlannedTerm {
   int sign;
   bool moves;  // or is the input itself
   std::vector<Step> steps;
+  std::vector<StreamBox> boxes;  // instead of the steps, where there are any
+
+  Stream stream() const { return {boxes.data(), static_cast<int>(boxes.size())}; }
 };
 
 class Call {
  public:
   Call(const Morphology& call, int num_threads)
-      : call_(call), source_(math::source_index(call)), threads_(num_threads) {
+      : call_(call),
+        source_(math::source_index(call)),
+        channels_(call.batch * call.channels),
+        threads_(num_threads),
+        together_(threads_ > 1 && channels_ < 4 * threads_ && call.volume() >= kLargeChannel) {
     for (const MorphologyProgram& program : call.programs) {
       std::vector<PlannedTerm> terms;
       for (const MorphologyTerm& term : program) {
-        terms.push_back({term.sign, !term.stages.empty(), plan(term)});
-        for (const Step& step : terms.back().steps) two_planes_ |= step.element != nullptr;
+        terms.push_back({term.sign, !term.stages.empty(), plan(term), plan_stream(term, call)});
+        if (!stream_shares(terms.back())) terms.back().boxes.clear();
+        if (!terms.back().boxes.empty()) continue;
+        planes_ = std::max(planes_, 1);
+        for (const Step& step : terms.back().steps) {
+          if (step.element != nullptr) planes_ = 2;
+        }
       }
       planned_.push_back(std::move(terms));
     }
   }
 
   void run() {
-    const std::int64_t channels = call_.batch * call_.channels;
-    if (channels == 0 || call_.volume() == 0) return;
+    if (channels_ == 0 || call_.volume() == 0) return;
     const std::int64_t item = item_bytes(kind_of(call_.dtype, true));  // the larger ones
     plane_bytes_ = round_up(call_.size[2], most_lanes()) * call_.size[0] * call_.size[1] * item;
     plane_bytes_ = round_up(plane_bytes_ + kAlignment, kAlignment);
     workspace_bytes_ = round_up(largest_workspace(), kAlignment);
-    const std::int64_t planes = two_planes_ ? 2 : 1;
     // Channels side by side; or, where they are few and large, one after the other by all threads.
-    const bool together =
-        threads_ > 1 && channels < 4 * threads_ && call_.volume() >= kLargeChannel;
-    const std::int64_t workers = std::min<std::int64_t>(threads_, together ? threads_ : channels);
-    const std::int64_t plane_sets = together ? 1 : workers;
-    const Memory memory = allocate(plane_sets * planes * plane_bytes_ + workers * workspace_bytes_);
-    char* workspaces = memory.get() + plane_sets * planes * plane_bytes_;
-    if (together) {
-      for (std::int64_t c = 0; c < channels; ++c) {
+    const std::int64_t workers = std::min<std::int64_t>(threads_, together_ ? threads_ : channels_);
+    const std::int64_t plane_sets = together_ ? 1 : workers;
+    const Memory memory =
+        allocate(plane_sets * planes_ * plane_bytes_ + workers * workspace_bytes_);
+    char* workspaces = memory.get() + plane_sets * planes_ * plane_bytes_;
+    if (together_) {
+      for (std::int64_t c = 0; c < channels_; ++c) {
         run_channel(c, c + 1, memory.get(), workspaces, static_cast<int>(workers));
       }
       return;
@@ -155,9 +183,9 @@ class Call {
     std::atomic<std::int64_t> next{0};
     parallel_for(workers, threads_, [&](std::int64_t worker) {
       std::int64_t after = next++;
-      for (std::int64_t c = after; c < channels; c = after) {
+      for (std::int64_t c = after; c < channels_; c = after) {
         after = next++;
-        run_channel(c, std::min(after, channels), memory.get() + worker * planes * plane_bytes_,
+        run_channel(c, std::min(after, channels_), memory.get() + worker * planes_ * plane_bytes_,
                     workspaces + worker * workspace_bytes_, 1);
       }
     });
@@ -168,18 +196,20 @@ class Call {
 
   std::int64_t most_lanes() const {
     std::int64_t lanes = 1;
-    for (const bool keys : {false, true}) lanes = std::max(lanes, passes(keys).lanes);
+    for (const bool keys : {false, true}) {
+      lanes = std::max(lanes, passes(kind_of(call_.dtype, keys)).lanes);
+    }
     return lanes;
   }
 
-  const MorphologyPasses& passes(bool keys) const {
-    return kernels().morphology[static_cast<int>(kind_of(call_.dtype, keys))];
+  static const MorphologyPasses& passes(ItemKind kind) {
+    return kernels().morphology[static_cast<int>(kind)];
   }
 
-  Chain empty_chain(bool keys) const {
+  Chain empty_chain(ItemKind kind) const {
     Chain chain{};
     std::copy(call_.size, call_.size + kSpatialAxes, chain.size);
-    chain.row_items = round_up(call_.size[2], passes(keys).lanes);
+    chain.row_items = round_up(call_.size[2], passes(kind).lanes);
     chain.border = call_.border;
     chain.border_value = call_.border_value;
     chain.dtype = call_.dtype;
@@ -188,13 +218,28 @@ class Call {
     return chain;
   }
 
+  // The axis along which threads share a channel.
+  int slow_axis() const { return call_.size[0] > 1 ? 0 : 1; }
+
+  // Whether it costs little that each thread takes what windows reach beyond its share as well.
+  bool stream_shares(const PlannedTerm& term) const {
+    std::int64_t reach = 0;
+    for (const StreamBox& box : term.boxes) reach += box.high[slow_axis()] - box.low[slow_axis()];
+    return !together_ || call_.size[slow_axis()] >= 4 * reach * threads_;
+  }
+
   std::int64_t largest_workspace() const {
     std::int64_t most = 0;
     for (const bool keys : {false, true}) {
-      const Chain chain = empty_chain(keys);
-      const std::int64_t item = item_bytes(kind_of(call_.dtype, keys)), lanes = passes(keys).lanes;
+      const ItemKind kind = kind_of(call_.dtype, keys);
+      const Chain chain = empty_chain(kind);
+      const std::int64_t item = item_bytes(kind), lanes = passes(kind).lanes;
       for (const std::vector<PlannedTerm>& program : planned_) {
         for (const PlannedTerm& term : program) {
+          if (!term.boxes.empty()) {
+            most = std::max(most, stream_workspace_bytes(chain, term.stream(), item, lanes));
+            continue;
+          }
           for (const Step& step : term.steps) {
             most = std::max(
                 most, step.element == nullptr
@@ -216,31 +261,37 @@ class Call {
     const std::vector<PlannedTerm>& terms =
         planned_[call_.program_of_channel[channel % call_.channels]];
     const std::int64_t index_bytes = call_.index_bits / 8;
-    const bool large = call_.batch * call_.channels * call_.volume() * item >= kLargeTensor;
+    const std::int64_t tensor = channels_ * call_.volume();
+    const bool large = tensor * item >= kLargeTensor;
     std::int64_t chains = 0;
+    bool maybe_nan = false;
     for (std::size_t t = 0; t < terms.size(); ++t) {
-      const std::int64_t tensor = call_.batch * call_.channels * call_.volume();
       const bool follow = call_.index != nullptr && terms[t].moves;
       char* index = !follow
                         ? nullptr
                         : static_cast<char*>(call_.index) + (chains * tensor + at) * index_bytes;
       chains += terms[t].moves ? 1 : 0;
-      Chain chain{};
-      // What is added to the output cannot be taken back when a NaN turns up.
-      const bool once = t > 0 && terms[t].moves && groups_of(terms[t].steps).size() == 1;
-      for (bool keys = follow || once;; keys = true) {
-        chain = empty_chain(keys);
+      // The first term has seen all of the input: the others, whose results are added to what is
+      // there and could not be taken back, know about its NaN. Careful keys do not look for one.
+      const ItemKind careful = kind_of(call_.dtype, true);
+      ItemKind kind = kind_of(call_.dtype, follow);
+      if (kind == ItemKind::kSingleKey && !terms[t].boxes.empty()) kind = ItemKind::kCleanKey;
+      if (maybe_nan && terms[t].moves) kind = careful;
+      for (;; kind = careful) {
+        Chain chain = empty_chain(kind);
         chain.input = input;
         chain.output = output;
         chain.index = index;
         chain.sign = terms[t].sign;
         chain.add = t > 0;
         chain.around_caches = large;
-        if (t + 1 == terms.size() && after < call_.batch * call_.channels) {
+        if (t + 1 == terms.size() && after < channels_) {
           chain.ask = static_cast<const char*>(call_.input) + after * call_.volume() * item;
           chain.ask_bytes = large ? call_.volume() * item : 0;
         }
-        if (run_chain(chain, terms[t], keys, planes, workspaces, threads)) break;
+        const bool found = run_chain(chain, terms[t], kind, planes, workspaces, threads);
+        maybe_nan |= found || kind == careful;
+        if (!maybe_nan || !terms[t].moves || kind == careful) break;
       }
     }
   }
@@ -265,11 +316,25 @@ class Call {
     return groups;
   }
 
-  // False where it stopped early, having found a NaN that needs keys.
-  bool run_chain(const Chain& about, const PlannedTerm& term, bool keys, char* planes,
+  // Whether a NaN was read that needs careful keys. It may stop early then.
+  bool run_chain(const Chain& about, const PlannedTerm& term, ItemKind kind, char* planes,
                  char* workspaces, int threads) const {
     const std::vector<Step>& steps = term.steps;
     std::atomic<bool> found_nan{false};
+    if (!term.boxes.empty()) {
+      const std::int64_t lines = call_.size[slow_axis()];
+      share(lines, threads, workspaces, [&](std::int64_t begin, std::int64_t end, char* mine) {
+        Chain chain = about;
+        chain.workspace = mine;
+        chain.negated = steps.front().negated;
+        chain.negated_end = chain.negated;
+        for (const StreamBox& box : term.boxes) {
+          chain.negated_end = chain.negated_end != box.negate_before;
+        }
+        if (passes(kind).stream(chain, term.stream(), begin, end)) found_nan = true;
+      });
+      return found_nan;
+    }
     char* items = planes;
     char* other = planes + plane_bytes_;
     for (const Group& group : groups_of(steps)) {
@@ -285,7 +350,7 @@ class Call {
           if (s + 1 < steps.size()) chain.output = chain.index = nullptr;
           chain.negated = steps[s].negated;
           chain.negated_end = ends_negated(steps);
-          if (run_step(chain, steps[s], passes(keys), begin, end, parts, other)) found_nan = true;
+          if (run_step(chain, steps[s], passes(kind), begin, end, parts, other)) found_nan = true;
         }
       };
       if (group.by_slice) {
@@ -296,14 +361,14 @@ class Call {
           }
         });
       } else {
-        const std::int64_t lines = num_lines(about, steps[group.first], passes(keys));
+        const std::int64_t lines = num_lines(about, steps[group.first], passes(kind));
         share(lines, threads, workspaces, [&](std::int64_t begin, std::int64_t end, char* mine) {
           take(begin, end, lines, mine);
         });
       }
-      if (found_nan && !keys && term.moves) return false;
+      if (found_nan && term.moves) break;
     }
-    return true;
+    return found_nan;
   }
 
   static std::int64_t num_lines(const Chain& chain, const Step& step,
@@ -342,8 +407,10 @@ class Call {
 
   const Morphology& call_;
   const SourceIndex source_;
-  int threads_;
-  bool two_planes_ = false;
+  const std::int64_t channels_;
+  const int threads_;
+  const bool together_;
+  int planes_ = 0;  // of items that a thread works on
   std::vector<std::vector<PlannedTerm>> planned_;
   std::int64_t plane_bytes_ = 0, workspace_bytes_ = 0;
 };

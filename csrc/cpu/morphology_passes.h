@@ -12,8 +12,14 @@
 
 namespace dpfast::cpu {
 
-enum class ItemKind : int { kSingle = 0, kDouble = 1, kSingleKey = 2, kDoubleKey = 3 };
-constexpr int kItemKinds = 4;
+enum class ItemKind : int {
+  kSingle = 0,
+  kDouble = 1,
+  kSingleKey = 2,
+  kDoubleKey = 3,
+  kCleanKey = 4,  // single; small boxes alone, and no NaN
+};
+constexpr int kItemKinds = 5;
 
 DPFAST_HOST_DEVICE std::int64_t item_bytes(ItemKind kind) {
   return kind == ItemKind::kSingle ? 4 : kind == ItemKind::kDoubleKey ? 16 : 8;
@@ -43,6 +49,22 @@ struct ElementSweep {
   const char* from;  // items
   char* to;
 };
+
+// A stage of a chain that is one of small boxes throughout: rows stream through all stages at once.
+struct StreamBox {
+  const std::int64_t* low;   // [3]
+  const std::int64_t* high;  // [3]
+  bool negate_before;
+};
+
+struct Stream {
+  const StreamBox* boxes;
+  int num_boxes;
+};
+
+constexpr int kStreamRows = 2;  // at a time
+constexpr std::int64_t kStreamWindow = 11;
+constexpr int kStreamBoxes = 4;
 
 // One channel of one sample on its way through a chain. Its items lie in rows of whole vectors.
 struct Chain {
@@ -91,6 +113,34 @@ DPFAST_HOST_DEVICE std::int64_t sweep_workspace_bytes(const Chain& chain, const 
   return (length * scale + 2 * lanes) * item_bytes;
 }
 
+// Of one stage, in items: a line with what its windows along the width reach beyond it, and a
+// vector that is read and written in vain; rows and slices in rings.
+struct StreamRoom {
+  std::int64_t line_start, line_items, row_slots, slice_slots;
+};
+
+DPFAST_HOST_DEVICE StreamRoom stream_room(const Chain& chain, const StreamBox& box,
+                                          std::int64_t lanes) {
+  StreamRoom room{};
+  room.line_start = (lanes - 1 - box.low[2]) / lanes * lanes;
+  room.line_items = room.line_start + chain.row_items + (box.high[2] + 2 * lanes) / lanes * lanes;
+  room.row_slots = box.high[1] - box.low[1] + 1 + kStreamRows;
+  room.slice_slots = box.high[0] == box.low[0] ? 0 : box.high[0] - box.low[0] + 1;
+  return room;
+}
+
+DPFAST_HOST_DEVICE std::int64_t stream_workspace_bytes(const Chain& chain, const Stream& stream,
+                                                       std::int64_t item_bytes,
+                                                       std::int64_t lanes) {
+  std::int64_t items = 2 * chain.row_items;  // what lies outside
+  for (int s = 0; s < stream.num_boxes; ++s) {
+    const StreamRoom room = stream_room(chain, stream.boxes[s], lanes);
+    items += kStreamRows * room.line_items + room.row_slots * chain.row_items +
+             room.slice_slots * chain.size[1] * chain.row_items;
+  }
+  return items * item_bytes;
+}
+
 // An element's rows of input, extended by the border, in a ring: of each the row itself and its
 // windows of 2, 4, ... up to the longest run.
 struct ElementRing {
@@ -125,6 +175,8 @@ struct MorphologyPasses {
   // Lines [begin, end) of a sweep: rows of the channel (axis 2), or strips of neighbouring columns.
   // Whether a NaN was read from the input, which items that are no keys do not handle.
   bool (*sweep)(const Chain& chain, const Sweep& sweep, std::int64_t begin, std::int64_t end);
+  // Slices (of an image: rows) [begin, end) of the result of a chain of small boxes; likewise.
+  bool (*stream)(const Chain& chain, const Stream& stream, std::int64_t begin, std::int64_t end);
   // Rows [begin, end) of the channel through an element.
   void (*element)(const Chain& chain, const ElementSweep& sweep, std::int64_t begin,
                   std::int64_t end);

@@ -253,8 +253,16 @@ def test_a_channel_may_have_an_operation_and_an_element_of_its_own():
         assert torch.equal(got[:, c : c + 1], dilation(x[:, c : c + 1], footprint=mask))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 300, 260), (1, 2, 40, 50, 60)])
-def test_bits_do_not_depend_on_the_number_of_threads(shape):
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((1, 1, 300, 260), 7),
+        ((1, 2, 40, 50, 60), 7),
+        ((1, 1, 65, 35, 47), 3),
+        ((1, 1, 301, 290), 15),
+    ],
+)
+def test_bits_do_not_depend_on_the_number_of_threads(shape, size):
     x = torch.randn(shape)
     grad = torch.randn(shape)
     found = []
@@ -263,10 +271,10 @@ def test_bits_do_not_depend_on_the_number_of_threads(shape):
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             traced = x.clone().requires_grad_()
-            out = closing(traced, 7)
+            out = closing(traced, size)
             out.backward(grad)
             masked = opening(x, footprint=ellipse(5, spatial_dims=len(shape) - 2))
-            found.append((closing(x, 7), out.detach(), traced.grad, masked))
+            found.append((closing(x, size), out.detach(), traced.grad, masked))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
