@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _targets as targets
 from benchmarks._ops import OPS, Op
 from benchmarks._text import NOT_MEASURED, TextTable
 
@@ -22,6 +23,11 @@ Every figure is a ratio taken within one run on one machine: the contenders take
 median over the rounds is shown. Each answer is checked before it is timed. "spread" is the
 interquartile range of dpfast's time over its median. A missed target is marked. What nobody has
 measured says so.
+"""
+
+_TARGETS = """\
+What dpfast demands of itself, over all rows that a target is for: lowest and highest figure, and in
+how many rows it holds. The rows, and what is said of them, are below.
 """
 
 
@@ -95,7 +101,8 @@ def render(folder: Path) -> str:
     Args:
       folder: holds one folder per device.
     """
-    lines = [_PREAMBLE]
+    results = [result for op in OPS for result in load_results(folder, op)]
+    lines = [_PREAMBLE, "## targets", "", _TARGETS, *_markdown(targets.table(results))]
     for name, op in OPS.items():
         lines += _section(name, op, folder)
     return "\n".join(lines)

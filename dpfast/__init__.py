@@ -19,6 +19,7 @@ from dpfast.privacy import (
     PrivateQuantile,
     alignment,
 )
+from dpfast.profiling import Profile, profile
 from dpfast.segmentation import per_sample_loss
 
 __version__ = build_info()["version"]
@@ -36,11 +37,13 @@ __all__ = [
     "PrivacyError",
     "PrivacyLedger",
     "PrivateQuantile",
+    "Profile",
     "__version__",
     "alignment",
     "clip_and_noise",
     "per_sample_gradients",
     "per_sample_loss",
+    "profile",
     "refuse_coupling",
     "replace_batchnorm",
 ]

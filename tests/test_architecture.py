@@ -14,8 +14,8 @@ MAX_LINES = 500
 
 # From the lowest layer to the highest; a module may import its own layer and those below.
 LAYERS = (
-    *("_core", "_native", "ops", "grad_sample", "privacy", "morphology", "segmentation"),
-    *("federated", "cli"),
+    *("_core", "_native", "ops", "grad_sample", "privacy", "morphology", "profiling"),
+    *("segmentation", "federated", "cli"),
 )
 # These import nothing of the package, so every layer may use them.
 SHARED = ("errors", "_validate")
