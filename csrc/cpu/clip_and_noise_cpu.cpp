@@ -323,11 +323,23 @@ void sum_task(const ClipAndNoise& call, const double* all_weights, const Release
   std::int64_t gathered = gatherer.singles(kRowSlab, rows, weights);
   const std::int64_t first_rows = std::min(kRowsPerPass, gathered);
   const bool brief = run.length * item_size(tensor.dtype) <= kBriefRun;
+  std::vector<const void*> unit;
+  double unit_weight;
+  bool has_unit = gatherer.several(unit, &unit_weight);
+  const auto add_unit = [&](std::int64_t first, std::int64_t count) {
+    isa.add_unit(unit.data(), static_cast<std::int64_t>(unit.size()), unit_weight, first, count,
+                 tensor.dtype, sums + first);
+  };
+  // Noise needs rows to come beside it: the first units' single ones, else those of the first unit.
+  const bool unit_first = gathered == 0 && has_unit;
+  const void* const* beside = unit_first ? unit.data() : rows;
+  const std::int64_t num_beside =
+      unit_first ? std::min<std::int64_t>(kRowsPerPass, unit.size()) : first_rows;
   alignas(64) Out noise[kNoiseBlock];
   for (std::int64_t first = 0; first < run.length; first += kNoiseBlock) {
     const std::int64_t count = std::min(kNoiseBlock, run.length - first);
     if (noisy) {
-      const Prefetch wanted{rows, first_rows, first * item_size(tensor.dtype),
+      const Prefetch wanted{beside, num_beside, first * item_size(tensor.dtype),
                             (first + count) * item_size(tensor.dtype)};
       (isa.*Precision::kNoise)(release.stream, static_cast<std::uint32_t>(run.tensor),
                                (run.start + first) / math::kNoiseGroup,
@@ -339,17 +351,15 @@ void sum_task(const ClipAndNoise& call, const double* all_weights, const Release
                              sums + first);
     isa.weighted_sum(rows, weights, first_rows, brief ? gathered : 0, first, count, tensor.dtype,
                      sums + first);
+    if (unit_first) add_unit(first, count);
   }
   for (std::int64_t done = first_rows; gathered > 0; done = 0) {
     isa.weighted_sum(rows + done, weights + done, gathered - done, brief ? gathered - done : 0, 0,
                      run.length, tensor.dtype, sums);
     gathered = gatherer.singles(kRowSlab, rows, weights);
   }
-  std::vector<const void*> unit;
-  for (double weight; gatherer.several(unit, &weight);) {
-    isa.add_unit(unit.data(), static_cast<std::int64_t>(unit.size()), weight, run.length,
-                 tensor.dtype, sums);
-  }
+  if (unit_first) has_unit = gatherer.several(unit, &unit_weight);
+  for (; has_unit; has_unit = gatherer.several(unit, &unit_weight)) add_unit(0, run.length);
   (isa.*Precision::kFinish)(sums, release.factor, run.length, release.around_caches, out);
 }
 

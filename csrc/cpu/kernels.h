@@ -57,10 +57,10 @@ struct Kernels {
                        std::int64_t ask_ahead, std::int64_t offset, std::int64_t length,
                        DType dtype, double* sums);
 
-  // sums[j] += weight * sum over the rows of one unit of rows[r][j]: the rows first, as in
+  // sums[j] += weight * sum over the rows of one unit of rows[r][offset + j]: the rows first, as in
   // norm_part.
   void (*add_unit)(const void* const* rows, std::int64_t num_rows, double weight,
-                   std::int64_t length, DType dtype, double* sums);
+                   std::int64_t offset, std::int64_t length, DType dtype, double* sums);
 
   // sums[j] = scale * noise[j] + previous[j]; either may be null, and is then left out.
   void (*start_single)(const float* noise, double scale, const float* previous, std::int64_t length,
