@@ -8,7 +8,9 @@ import sys
 from benchmarks._paths import leave_source_folder
 
 # Experiments with a command line of their own; all else measures ops.
-_EXPERIMENTS = ("adp_fl", "dp_morph", "instructions", "thresholds", "utility")
+_EXPERIMENTS = (
+    *("adp_fl", "dp_morph", "instructions", "large_federation", "thresholds", "utility"),
+)
 
 if __name__ == "__main__":
     leave_source_folder()

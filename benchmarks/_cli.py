@@ -35,8 +35,9 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         nargs="*",
         metavar="OP",
-        help=f"an op to measure ({', '.join(OPS)}); or 'report': write the tables of the docs "
-        "from saved results; or 'where': print the folder of this device's results",
+        help=f"an op to measure ({', '.join(OPS)}); or 'report': write the tables and "
+        "pictures of the docs and of README from saved results; or 'where': print the folder of "
+        "this device's results",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="a few small rows, to try it out")
@@ -44,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder of the results (default benchmarks/results/DEVICE); with 'report' the file "
-        "to write (default docs/benchmarks.md)",
+        help="folder of the results (default benchmarks/results/DEVICE); with 'report' a file for "
+        "the tables alone",
     )
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="with 'report': folder that holds them all"
@@ -120,10 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.rounds < 1:
         parser.error(f"--rounds must be >= 1, got {arguments.rounds}")
     if command == ["report"]:
-        path = arguments.output or ROOT / "docs" / "benchmarks.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(report.render(arguments.results))
-        console.print(f"written to {path}", soft_wrap=True)
+        if arguments.output is None:
+            report.write(arguments.results, ROOT)
+            console.print("written to docs/benchmarks.md, docs/figures and README.md")
+            return 0
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(report.render(arguments.results))
+        console.print(f"written to {arguments.output}", soft_wrap=True)
         return 0
     device = torch.device(arguments.device)
     if unknown := [name for name in command if name not in OPS and command != ["where"]]:

@@ -9,13 +9,17 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks import (
+    _conv_grad_tables,
     _federated_tables,
     _morphology_tables,
+    _scaling_tables,
     _step_tables,
     _tables,
     clip_and_noise,
+    conv_grad,
     federated,
     morphology,
+    scaling,
     step,
 )
 from benchmarks._text import TextTable
@@ -63,6 +67,15 @@ OPS = {
         requires=(),
         peers=("opacus",),
     ),
+    conv_grad.OP: Op(
+        conv_grad.Settings,
+        conv_grad.run,
+        _conv_grad_tables.tables,
+        _conv_grad_tables.unmeasured,
+        _conv_grad_tables.TEXT,
+        requires=(),
+        peers=(),
+    ),
     step.OP: Op(
         step.Settings,
         step.run,
@@ -90,5 +103,14 @@ OPS = {
         requires=("monai", "pydantic", "flwr"),
         peers=("flower",),
         devices=("cpu",),
+    ),
+    scaling.OP: Op(
+        scaling.Settings,
+        scaling.run,
+        _scaling_tables.tables,
+        _scaling_tables.unmeasured,
+        _scaling_tables.TEXT,
+        requires=("monai",),
+        peers=("monai",),
     ),
 }

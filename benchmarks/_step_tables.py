@@ -10,12 +10,20 @@ from benchmarks._step_task import Case
 from benchmarks._text import NOT_MEASURED, TextTable, not_measured
 from benchmarks.step import batch_cases, cases
 
-__all__ = ["LARGEST_BATCH_TARGET", "TEXT", "memory_target", "tables", "time_target", "unmeasured"]
+__all__ = [
+    "LABELS",
+    "LARGEST_BATCH_TARGET",
+    "TEXT",
+    "memory_target",
+    "tables",
+    "time_target",
+    "unmeasured",
+]
 
 LARGEST_BATCH_TARGET = 0.9
 _TIME_TARGETS = {"cpu": 1.05, "cuda": 1.15}
 _MEMORY_TARGETS = {"cpu": 1.10, "cuda": 1.15}
-_LABELS = {
+LABELS = {
     DPFAST: "dpfast",
     BUDGET: "dpfast, memory budget",
     "torch_func": "torch.func",
@@ -94,7 +102,7 @@ def _time_cells(row: dict[str, Any], device_type: str) -> list[str]:
     most = time_target(case, device_type)
     cells = _case_cells(case, row["parameters"])
     cells.append(f"{1e3 * row['seconds'][ORDINARY]['median']:.1f} ms")
-    for name in _LABELS:
+    for name in LABELS:
         if name in failures:
             cells.append(_failed(failures[name]))
         elif name not in ratios:
@@ -111,7 +119,7 @@ def _memory_cells(row: dict[str, Any], device_type: str) -> list[str]:
     most = memory_target(case, device_type)
     cells = _case_cells(case, row["parameters"])
     cells.append(_mebibytes(row["memory"][ORDINARY]["bytes"]))
-    for name in _LABELS:
+    for name in LABELS:
         if name in failures:
             cells.append(_failed(failures[name]))
         elif name not in row["memory_over_ordinary"]:
@@ -141,18 +149,18 @@ def _failures(result: dict[str, Any]) -> list[list[str]]:
     for row in result["rows"]:
         for key, prefix in (("not_measured", ""), ("memory_not_measured", "memory: ")):
             for name, reason in row[key].items():
-                networks = found.setdefault((_LABELS[name], prefix + reason), [])
+                networks = found.setdefault((LABELS[name], prefix + reason), [])
                 networks.append(row["case"]["network"])
     return [[peer, ", ".join(networks), how] for (peer, how), networks in found.items()]
 
 
 def _time_table(rows: list[list[str]]) -> TextTable:
-    headings = [*_CASE_HEADINGS, "ordinary step", *_LABELS.values(), "spread"]
+    headings = [*_CASE_HEADINGS, "ordinary step", *LABELS.values(), "spread"]
     return TextTable("time over the ordinary step", headings, rows, ("network",))
 
 
 def _memory_table(rows: list[list[str]]) -> TextTable:
-    headings = [*_CASE_HEADINGS, "ordinary step, peak memory", *_LABELS.values()]
+    headings = [*_CASE_HEADINGS, "ordinary step, peak memory", *LABELS.values()]
     return TextTable("peak memory over the ordinary step", headings, rows, ("network",))
 
 

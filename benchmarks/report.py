@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _targets as targets
+from benchmarks import step
 from benchmarks._ops import OPS, Op
+from benchmarks._readme import replace_table
 from benchmarks._text import NOT_MEASURED, TextTable
 
-__all__ = ["load_results", "render"]
+__all__ = ["load_results", "render", "write"]
 
 _HEADINGS = {"cpu": "CPU", "cuda": "CUDA"}
 _PREAMBLE = """\
@@ -23,6 +25,11 @@ Every figure is a ratio taken within one run on one machine: the contenders take
 median over the rounds is shown. Each answer is checked before it is timed. "spread" is the
 interquartile range of dpfast's time over its median. A missed target is marked. What nobody has
 measured says so.
+"""
+
+_ROOFLINES = """\
+What the kernels reach of what the machine gives, measured in the same runs: bandwidth for those
+that move bytes, and operations a second for the gradients of convolutions.
 """
 
 _TARGETS = """\
@@ -58,7 +65,7 @@ def _peers(op: Op, versions: dict[str, str | None]) -> str:
         "opencv": "OpenCV",
         "scipy": "SciPy",
     }
-    return ", ".join(f"{names[peer]} {versions[peer] or 'not installed'}" for peer in op.peers)
+    return "".join(f"{names[peer]} {versions[peer] or 'not installed'}, " for peer in op.peers)
 
 
 def _about(op: Op, result: dict[str, Any]) -> str:
@@ -73,7 +80,7 @@ def _about(op: Op, result: dict[str, Any]) -> str:
     )
     return (
         f"{where}; {result['date'][:10]}; commit {commit[:12]}{changed}; dpfast "
-        f"{versions['dpfast']}, PyTorch {versions['torch']}, {_peers(op, versions)}, Python "
+        f"{versions['dpfast']}, PyTorch {versions['torch']}, {_peers(op, versions)}Python "
         f"{versions['python']}."
     )
 
@@ -103,6 +110,42 @@ def render(folder: Path) -> str:
     """
     results = [result for op in OPS for result in load_results(folder, op)]
     lines = [_PREAMBLE, "## targets", "", _TARGETS, *_markdown(targets.table(results))]
+    lines += ["## rooflines", "", _ROOFLINES]
+    for slug in _devices(results):
+        lines += [
+            f"![Kernels under their ceilings, {slug}](figures/{_figure('roofline', slug)})",
+            "",
+        ]
     for name, op in OPS.items():
         lines += _section(name, op, folder)
     return "\n".join(lines)
+
+
+def _devices(results: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(result["machine"]["device_slug"] for result in results))
+
+
+def _figure(kind: str, slug: str) -> str:
+    return f"{kind}-{slug}.png"
+
+
+def write(results: Path, root: Path) -> None:
+    """Write docs/benchmarks.md with its pictures, and README's table.
+
+    Args:
+      results: holds one folder per device.
+      root: of the repository.
+    """
+    from benchmarks import _figures  # Matplotlib is wanted here alone
+
+    found = [result for op in OPS for result in load_results(results, op)]
+    docs, readme = root / "docs", root / "README.md"
+    (docs / "benchmarks.md").write_text(render(results))
+    for slug in _devices(found):
+        own = [each for each in found if each["machine"]["device_slug"] == slug]
+        _figures.draw_roofline(own, docs / "figures" / _figure("roofline", slug))
+        for result in own:
+            if result["op"] == step.OP:
+                _figures.draw_steps(result, docs / "figures" / _figure("steps", slug))
+    steps = [each for each in found if each["op"] == step.OP]
+    readme.write_text(replace_table(readme.read_text(), steps))
