@@ -144,6 +144,13 @@ class Site:
             return self._update(round_number, given, _arrays(kept["update"]), state["privacy"])
         model = self._model(weights)
         run = self._start(model, round_number)
+        try:
+            return self._trained(run, round_number, given)
+        finally:
+            _let_go(model, run.optimizer)
+
+    def _trained(self, run: Run, round_number: int, given: str) -> Update:
+        """The round's steps; the update is on the disk when this returns."""
         if run.steps >= run.total_steps:
             raise BudgetSpentError(
                 f"Site: round {round_number} must be covered by the budget of {self.name}, of "
@@ -151,14 +158,14 @@ class Site:
             )
         if self._proximal_mu > 0.0:
             _pull(run.optimizer, self._proximal_mu)
-        model.train()
+        run.model.train()
         for _ in range(self._local_epochs):
             for _ in run.epoch():
                 if run.steps >= run.total_steps:
                     break
             if run.steps >= run.total_steps:
                 break
-        update = self._update(round_number, given, weights_of(model), self._privacy(run))
+        update = self._update(round_number, given, weights_of(run.model), self._privacy(run))
         self._state = {
             "round": round_number,
             "given": given,
@@ -173,6 +180,12 @@ class Site:
     def evaluate(self, weights: Weights) -> Scores:
         """Scores of weights on the site's own validation patients; they are not protected."""
         model = self._model(weights).eval()
+        try:
+            return self._scores(model)
+        finally:
+            _let_go(model)
+
+    def _scores(self, model: nn.Module) -> Scores:
         classes = self._data.task.num_classes
         class_maps = self._prepared().class_maps
         parts = []
@@ -258,6 +271,19 @@ class Site:
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> Weights:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def _let_go(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Free a round's tensors at once.
+
+    MONAI's networks refer to themselves: until Python's collector comes by, each site asked would
+    leave a model, its gradients and its optimizer's state in memory.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.grad = None
+        tensor.data = tensor.new_empty(0)
+    if optimizer is not None:
+        optimizer.state.clear()
 
 
 def _pull(optimizer: torch.optim.Optimizer, mu: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,8 @@ class PrivateSteps:
         self._counted: torch.Tensor | None = None
         self._last_percentile: Any = MIN_BOUND
         self._epoch_paid = False
-        self._released: dict[str, torch.Tensor] = {}
+        # Weakly: gradients are as large as the model, and theirs who hold the parameters.
+        self._released: dict[str, weakref.ref[torch.Tensor]] = {}
 
     # --- what the loader calls ---
 
@@ -186,7 +188,8 @@ class PrivateSteps:
         self._release_statistic()
         self._sums = None
         for name, param in self._params.items():
-            param.grad = self._released[name] = sums[name].to(param.dtype)
+            param.grad = sums[name].to(param.dtype)
+            self._released[name] = weakref.ref(param.grad)
 
     def _clip(
         self,
@@ -279,7 +282,8 @@ class PrivateSteps:
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                if self._released.get(known.get(id(param), "")) is not param.grad:
+                released = self._released.get(known.get(id(param), ""))
+                if released is None or released() is not param.grad:
                     raise PrivacyError(
                         f"{_NAME}: optimizer.step() got a gradient that the engine did not "
                         "release: call backward inside the loop over the private loader"

@@ -45,8 +45,8 @@ class InProcessGrid(Grid):
             lambda context: nullcontext(self._sites[self.nodes[context.node_id]])
         )
         self._replies: dict[str, Message] = {}
-        # MONAI's networks refer to themselves: without a collection after each answer, as many
-        # would be in memory as Python's counters let be. What is here already need not be searched.
+        # Networks, engines and messages leave cycles behind. What is here already (libraries, data)
+        # need not be searched whenever Python's collector comes by.
         gc.collect()
         gc.freeze()
         self.set_run(Run.create_empty(_RUN))
@@ -111,5 +111,3 @@ class InProcessGrid(Grid):
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
-        finally:
-            gc.collect()
