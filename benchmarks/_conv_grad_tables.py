@@ -16,7 +16,7 @@ _PEER_HEADINGS = {
     "batch": "PyTorch's batch gradient / dpfast",
 }
 _HEADINGS = (
-    *("convolution", "B", "ms", "GFLOP/s", "of a matrix product's", "FLOP a byte"),
+    *("convolution", "B", "ms", "GFLOP/s", "of the ceiling", "FLOP a byte"),
     *(_PEER_HEADINGS[name] for name in PEERS),
     *("norms alone / dpfast", "spread"),
 )
@@ -24,11 +24,11 @@ _LEFT = ("convolution",)
 
 TEXT = """\
 The kernel that `per_sample_gradients` spends its time in: gradients of a convolution's weight, one
-per sample, with their norms; 3 taps an axis, padding 1, float32. "of a matrix product's" is its
-operations a second over those of a large matrix product around its turn. "FLOP a byte" is
-operations over bytes, where input, gradient and result move once. "one grouped convolution" is what
-`torch.func.vmap` makes of it. "PyTorch's batch gradient" is no per-sample gradient: it is what an
-ordinary step pays. All answers are checked against float64 first.
+per sample, with their norms; 3 taps an axis, padding 1, float32. "of the ceiling" is its operations
+a second over those of multiply-adds in registers (on CUDA of a large matrix product) around its
+turn. "FLOP a byte" is operations over bytes, where input, gradient and result move once. "one
+grouped convolution" is what `torch.func.vmap` makes of it. "PyTorch's batch gradient" is no
+per-sample gradient: it is what an ordinary step pays. All answers are checked against float64 first.
 """
 
 

@@ -65,7 +65,8 @@ class Seconds:
       steps: the sites' training steps alone.
       training: all that sites did to train, `steps` and making models, engines and checkpoints.
       evaluation: of the sites.
-      total: of all rounds.
+      total: of all rounds, from the first request to the last file; not making the first model and
+        the last, which a run does once whatever its rounds.
     """
 
     steps: float = 0.0
@@ -79,15 +80,20 @@ class Seconds:
         return self.total - self.training - self.evaluation
 
 
-class _Quiet:
+class _Stopwatch:
+    """Observes the rounds; `seconds` is how long they have taken."""
+
+    def __init__(self) -> None:
+        self.seconds = self._began = 0.0
+
     def started(self, sites: Any, rounds_done: int, rounds: int) -> None:
-        pass
+        self._began = time.perf_counter()
 
     def heard(self, round_number: int, site: str, status: str) -> None:
         pass
 
     def finished_round(self, line: Mapping[str, Any]) -> None:
-        pass
+        self.seconds = time.perf_counter() - self._began
 
 
 class _TimedSite:
@@ -168,9 +174,9 @@ def run(case: Case, *, rounds: int | None = None) -> Seconds:
         grid = InProcessGrid(timed)
         try:
             with _timed_steps(seconds), Server(settings, task, folder, grid, grid.nodes) as server:
-                began = time.perf_counter()
-                server.run(_Quiet())
-                seconds.total = time.perf_counter() - began
+                stopwatch = _Stopwatch()
+                server.run(stopwatch)
+                seconds.total = stopwatch.seconds
         finally:
             grid.close()
             for site in sites:

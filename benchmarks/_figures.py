@@ -91,7 +91,7 @@ def _convolutions(axes: Axes, result: Result) -> None:
     most = 2 * max(x for points in found.values() for x, _ in points)
     axes.plot([0.5, peak / rate, most], [0.5 * rate, peak, peak], color="black", linewidth=1)
     axes.annotate(f"reading, {rate:.0f} GB/s", (0.6, 0.75 * rate), fontsize=7, rotation=35)
-    axes.annotate(f"matrix product, {peak:.0f} GFLOP/s", (peak / rate, 1.05 * peak), fontsize=7)
+    axes.annotate(f"arithmetic, {peak:.0f} GFLOP/s", (peak / rate, 1.05 * peak), fontsize=7)
     axes.set(
         xscale="log",
         yscale="log",

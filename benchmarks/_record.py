@@ -115,6 +115,9 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         "device_slug": device_slug(device),
         "device_type": device.type,
         "cpu": _cpu_name(),
+        # Makers name many generations alike.
+        "cpu_family": _from_proc("/proc/cpuinfo", "cpu family"),
+        "cpu_model": _from_proc("/proc/cpuinfo", "model"),
         "cores": _num_cores(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),

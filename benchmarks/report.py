@@ -56,6 +56,13 @@ def _load(machine: dict[str, Any]) -> str:
     return "unknown" if load is None else f"{load:.1f}"
 
 
+def _processor(machine: dict[str, Any]) -> str:
+    """Which generation, where the system tells."""
+    if machine.get("cpu_family") is None:
+        return ""
+    return f"family {machine['cpu_family']} model {machine['cpu_model']}, "
+
+
 def _peers(op: Op, versions: dict[str, str | None]) -> str:
     names = {
         "flower": "Flower",
@@ -75,8 +82,8 @@ def _about(op: Op, result: dict[str, Any]) -> str:
     where = (
         f"compute capability {machine['cuda']['compute_capability']}"
         if machine["device_type"] == "cuda"
-        else f"{result['build']['instruction_set']}, {machine['threads']} threads, load average "
-        f"before the run {_load(machine)}"
+        else f"{_processor(machine)}{result['build']['instruction_set']}, {machine['threads']} threads, "
+        f"load average before the run {_load(machine)}"
     )
     return (
         f"{where}; {result['date'][:10]}; commit {commit[:12]}{changed}; dpfast "

@@ -84,6 +84,19 @@ void bind_noise(py::module_& module) {
         return total.load();
       },
       py::arg("data"), py::arg("bytes"), py::arg("num_threads"));
+  module.def(
+      "multiply_add_cpu",
+      [](std::int64_t rounds, int num_threads) {
+        py::gil_scoped_release release;
+        std::atomic<std::int64_t> total{0};
+        cpu::parallel_for(num_threads, num_threads, [&](std::int64_t) {
+          std::int64_t operations = 0;
+          const float sum = cpu::kernels().multiply_add(rounds, &operations);
+          if (sum == sum) total += operations;  // always: the sum must be wanted by somebody
+        });
+        return total.load();
+      },
+      py::arg("rounds"), py::arg("num_threads"));
 }
 
 }  // namespace dpfast::bindings

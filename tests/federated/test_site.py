@@ -1,3 +1,5 @@
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,29 @@ def test_a_round_changes_the_weights_and_is_in_the_ledger_before(tmp_path, weigh
     assert update.privacy["steps"] == ledger.spending(0).steps == STEPS
     assert update.privacy["epsilon"] == ledger.epsilon(1e-3) > 0
     assert update.privacy["guarantee"] == "(epsilon, delta)"
+
+
+def test_a_round_leaves_no_model_behind(tmp_path, weights):
+    """Whatever Python's collector does: a site's model is gone when it has answered."""
+    site = make_site(tmp_path, model={"arguments": {"channels": [4, 8, 64], "strides": [2, 2]}})
+    task = phantom_task(2)
+    model = build_model("unet", task, {"channels": [4, 8, 64], "strides": [2, 2]})
+    given, largest = weights_of(model), max(p.numel() for p in model.parameters())
+    del model
+    gc.collect()
+    before = _large_tensors(largest)
+    gc.disable()
+    try:
+        update = site.train(1, given)
+        site.evaluate(update.weights)
+        assert _large_tensors(largest) == before
+    finally:
+        gc.enable()
+
+
+def _large_tensors(numel):
+    found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    return sum(each.numel() >= numel for each in found)
 
 
 def test_rounds_go_on_as_if_they_were_one_run(tmp_path, weights):
