@@ -37,20 +37,19 @@ of both methods, the same for all.
 # What the figures have in common, beyond what a table says.
 _REASONS = {
     "nuclei": """\
-Why: the sites are unlike, and the gap between them is not privacy's: the smallest has 13 images of a
-stain that the others lack, and scores 0.2 without any noise. So the spread between sites, which the
-paper sees fall, stays what it is in non-private training. What privacy costs falls with ε, and a
-threshold that follows the norms costs less than one that nobody chose for them: with C too large the
-noise grows with it, and the gradients do not.
+Why: the sites are unlike, and the gap between them is not privacy's: the smallest has 13 images of
+a stain that the others lack, and scores 0.2 without any noise. So the spread between sites, which
+the paper sees fall, stays what it is in non-private training. What privacy costs falls with ε, and
+a threshold that follows the norms costs less than one that nobody chose for them.
 """,
     "hippocampus": """\
-Why: a site has some 54 patients, and the noise in a step's mean is z C / B of batches of 24. The
-norms lie at a third of 1 and below, so at C = 1 the noise is three times what it need be: that run
-learns nothing at any of these ε, while ADP-FL's threshold comes down within the first rounds and its
-network learns at 3 and 8. What is left to non-private training is the price of the number of
-patients: one site with all 215 of them reaches 0.604 at ε = 3 and 0.745 at 8 (docs/utility.md, at a
-smaller δ). With a fixed threshold chosen beforehand by looking at the norms, which costs privacy of
-its own, the distance between the methods would be smaller; that was not measured here.
+Why: a site has some 54 patients, and the noise in a step's mean is z C / B in batches of B = 24.
+The median norm, which ADP-FL's threshold follows, ends near a third of 1 at ε = 3 and 8, so that at
+C = 1 the noise is about three times what it need be: that run learns nothing, while ADP-FL's does.
+At ε = 1 neither learns. What then is missing to non-private training is the price of few patients:
+one site with all 215 of them reaches 0.604 at ε = 3 and 0.745 at 8 (docs/utility.md, at a smaller δ
+and with other settings). A fixed threshold chosen by looking at the norms beforehand, which costs
+privacy of its own, would bring the methods closer together; that was not measured here.
 """,
 }
 

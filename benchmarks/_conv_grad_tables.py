@@ -28,7 +28,7 @@ per sample, with their norms; 3 taps an axis, padding 1, float32. "of the ceilin
 a second over those of multiply-adds in registers (on CUDA of a large matrix product) around its
 turn. "FLOP a byte" is operations over bytes, where input, gradient and result move once. "one
 grouped convolution" is what `torch.func.vmap` makes of it. "PyTorch's batch gradient" is no
-per-sample gradient: it is what an ordinary step pays. All answers are checked against float64 first.
+per-sample gradient: it is what an ordinary step pays. All answers are checked against float64.
 """
 
 

@@ -82,8 +82,8 @@ def _about(op: Op, result: dict[str, Any]) -> str:
     where = (
         f"compute capability {machine['cuda']['compute_capability']}"
         if machine["device_type"] == "cuda"
-        else f"{_processor(machine)}{result['build']['instruction_set']}, {machine['threads']} threads, "
-        f"load average before the run {_load(machine)}"
+        else f"{_processor(machine)}{result['build']['instruction_set']}, {machine['threads']} "
+        f"threads, load average before the run {_load(machine)}"
     )
     return (
         f"{where}; {result['date'][:10]}; commit {commit[:12]}{changed}; dpfast "

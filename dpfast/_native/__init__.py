@@ -442,5 +442,5 @@ def read_all(data: torch.Tensor) -> int:
 
 
 def multiply_add(rounds: int) -> int:
-    """Keep every thread's float32 units busy for the benchmarks' sake; operations that were done."""
+    """Keep every thread's float32 units busy, for the benchmarks; how many operations it did."""
     return _core.multiply_add_cpu(rounds, torch.get_num_threads())
