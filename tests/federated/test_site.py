@@ -52,7 +52,8 @@ def test_a_round_leaves_no_model_behind(tmp_path, weights):
 
 
 def _large_tensors(numel):
-    found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    # isinstance would ask objects that answer with warnings.
+    found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
     return sum(each.numel() >= numel for each in found)
 
 

@@ -1,8 +1,10 @@
 """PrivacyEngine: what is guaranteed, to whom, and what is refused."""
 
 import copy
+import gc
 import json
 import math
+import weakref
 
 import dp_accounting as dp
 import pytest
@@ -271,6 +273,22 @@ def test_closure_is_called_once_inside_the_step():
         loss = optimizer.step(closure)
         assert loss.shape == ()
     assert len(calls) == engine.steps == 5
+
+
+def test_engine_does_not_keep_what_it_released():
+    _, model, optimizer, loader = make(loader_of(vectors(8)))
+    train(model, optimizer, loader)
+    released = weakref.ref(model.weight.grad)
+    optimizer.step()  # the released gradient once more: post-processing
+    gc.disable()
+    try:
+        model.weight.grad = None
+        assert released() is None
+    finally:
+        gc.enable()
+    model.weight.grad = torch.ones_like(model.weight)
+    with pytest.raises(PrivacyError, match="did not release"):
+        optimizer.step()
 
 
 def test_module_and_optimizer_come_back_as_they_were():
