@@ -94,7 +94,7 @@ def federated_run(method, epsilon, seed, dice):
     scores = {"dice": [dice], "hausdorff95": [4.0]}
     return {
         "task": "nuclei", "method": method, "target_epsilon": epsilon, "seed": seed, "rounds": 20,
-        "unit": "sample", "epsilon": "infinite" if epsilon is None else epsilon, "delta": 1e-3,
+        "unit": "sample" if method == "non_private" else "patient", "epsilon": "infinite" if epsilon is None else epsilon, "delta": 1e-3,
         "training_units": {"a": 10, "b": 20}, "scores": scores,
         "sites": {"a": {"dice": [dice - 0.1], "hausdorff95": [4.0]},
                   "b": {"dice": [dice + 0.1], "hausdorff95": [None]}},
@@ -115,5 +115,6 @@ def test_federated_table_puts_methods_beside_the_claim():
     assert "| 8 | ADP-FL, from 1 | 0.600 ± 0.100 | 75 % | 0.500 to 0.700 | 4.0 | 8.000 |" in text
     assert "ε = 8: ADP-FL, from 1 loses 25 % (sites apart by 0.200)" in text
     assert "end between 0.25 and 0.5" in text
-    assert "samples for training: 10 at a, 20 at b" in text
+    assert "patients for training: 10 at a, 20 at b" in text
+    assert "patient (nuclei), for each site" in text
     assert "Not measured" in _adp_fl_report.render([])
