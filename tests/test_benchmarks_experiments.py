@@ -94,7 +94,8 @@ def federated_run(method, epsilon, seed, dice):
     scores = {"dice": [dice], "hausdorff95": [4.0]}
     return {
         "task": "nuclei", "method": method, "target_epsilon": epsilon, "seed": seed, "rounds": 20,
-        "unit": "sample" if method == "non_private" else "patient", "epsilon": "infinite" if epsilon is None else epsilon, "delta": 1e-3,
+        "unit": "sample" if method == "non_private" else "patient", "delta": 1e-3,
+        "epsilon": "infinite" if epsilon is None else epsilon,
         "training_units": {"a": 10, "b": 20}, "scores": scores,
         "sites": {"a": {"dice": [dice - 0.1], "hausdorff95": [4.0]},
                   "b": {"dice": [dice + 0.1], "hausdorff95": [None]}},
