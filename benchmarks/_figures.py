@@ -28,6 +28,15 @@ _DOTS_PER_INCH = 110
 _GREY = "0.45"
 
 
+def _draw_lines(axes: Axes, lines: Mapping[str, list[tuple[int, float]]]) -> None:
+    """Shares of the bandwidth, a line for each name, under the whole of it."""
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.set(ylabel="of the measured bandwidth")
+    axes.legend(fontsize=7)
+
+
 def _clip_and_noise(axes: Axes, result: Result) -> None:
     """Share of the bandwidth over the gradients' size."""
     lines: dict[str, list[tuple[int, float]]] = {}
@@ -38,17 +47,13 @@ def _clip_and_noise(axes: Axes, result: Result) -> None:
             name = f"{case.num_tensors} tensor{plural}, B = {case.batch_size}"
             share = row["ratios"]["share_of_bandwidth"]["median_of_rounds"]
             lines.setdefault(name, []).append((case.mebibytes, share))
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.axhline(1.0, color="black", linewidth=1)
+    _draw_lines(axes, lines)
     axes.axhline(BANDWIDTH_TARGET, color=_GREY, linewidth=1, linestyle="--")
     axes.set(
         xscale="log",
         xlabel="per-sample gradients, MiB",
-        ylabel="of the measured bandwidth",
         title="clip_and_noise",
     )
-    axes.legend(fontsize=7)
 
 
 def _closings(axes: Axes, result: Result) -> None:
@@ -62,16 +67,8 @@ def _closings(axes: Axes, result: Result) -> None:
         share = row["ratios"]["share_of_bandwidth"]["median_of_rounds"]
         name = case.input + (", one thread" if case.one_thread else "")
         lines.setdefault(name, []).append((case.sizes[0], share))
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.axhline(1.0, color="black", linewidth=1)
-    axes.set(
-        ylim=(0, None),
-        xlabel="size of the box",
-        ylabel="of the measured bandwidth",
-        title="closing, result alone",
-    )
-    axes.legend(fontsize=7)
+    _draw_lines(axes, lines)
+    axes.set(ylim=(0, None), xlabel="size of the box", title="closing, result alone")
 
 
 def _convolutions(axes: Axes, result: Result) -> None:

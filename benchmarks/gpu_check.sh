@@ -56,7 +56,7 @@ DPFAST_CUDA=ON part build 240 "$python" -m pip install --no-build-isolation --no
 
 results=$root/benchmarks/results/unknown-device
 if [ "$failed" -ne 0 ]; then
-  for name in tests memcheck racecheck benchmarks step morphology; do
+  for name in tests memcheck racecheck benchmarks conv_grad step morphology; do
     skip "$name" "the build failed"
   done
 else
@@ -78,6 +78,7 @@ else
   done
 
   part benchmarks 180 "$python" -m benchmarks clip_and_noise --device cuda --output "$logs" "$@"
+  part conv_grad 120 "$python" -m benchmarks conv_grad --device cuda --output "$logs" "$@"
   if "$python" -c 'import monai, einops' 2>/dev/null; then
     part step 300 "$python" -m benchmarks step --device cuda --output "$logs" "$@"
   else

@@ -103,8 +103,8 @@ struct Kernels {
   // Reads everything once: the machine's read bandwidth, for the benchmarks.
   std::uint64_t (*read_all)(const void* data, std::int64_t bytes);
 
-  // Multiplies and adds float32 vectors that depend on nothing else, and says how many operations
-  // that were: the machine's arithmetic, for the benchmarks.
+  // Multiply-adds of float32 vectors in independent chains, and how many operations they were: the
+  // machine's arithmetic, for the benchmarks. Returns a sum, without which they could be left out.
   float (*multiply_add)(std::int64_t rounds, std::int64_t* operations);
 };
 

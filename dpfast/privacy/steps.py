@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import TensorWeakRef
 
 from dpfast._validate import MIN_BOUND
 from dpfast.errors import PrivacyError
@@ -82,8 +82,9 @@ class PrivateSteps:
         self._counted: torch.Tensor | None = None
         self._last_percentile: Any = MIN_BOUND
         self._epoch_paid = False
-        # Weakly: gradients are as large as the model, and theirs who hold the parameters.
-        self._released: dict[str, weakref.ref[torch.Tensor]] = {}
+        # Weakly: gradients are as large as the model, and theirs who hold the parameters. Not by
+        # Python's own references, which do not know that `.grad` may own the tensor's object.
+        self._released: dict[str, TensorWeakRef] = {}
 
     # --- what the loader calls ---
 
@@ -189,7 +190,7 @@ class PrivateSteps:
         self._sums = None
         for name, param in self._params.items():
             param.grad = sums[name].to(param.dtype)
-            self._released[name] = weakref.ref(param.grad)
+            self._released[name] = TensorWeakRef(param.grad)
 
     def _clip(
         self,
