@@ -34,7 +34,7 @@ TASKS = {
 VARIANTS = ("none", "fixed", "adaptive")
 RULES = ("flat", "automatic", "normalized", "psac")
 EPSILONS = (3.0, 8.0)
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 
 
 def _experiment(task: str, data: Path) -> Experiment:
