@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks._dp_morph_report import CLASSES
 from benchmarks._dp_morph_run import Choice, Experiment
+from benchmarks._dp_morph_words import CLASSES
 
 __all__ = ["draw"]
 

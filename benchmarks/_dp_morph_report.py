@@ -6,27 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["CLASSES", "render"]
+from benchmarks._dp_morph_verdict import verdict
+from benchmarks._dp_morph_words import CLASSES, SCORES, VARIANTS, WAYS
 
-_SCORES = {
-    "dice": ("Dice", 3, 1),
-    "hausdorff95": ("95 % Hausdorff distance, pixels", 1, -1),
-    "surface_dice": ("surface Dice at 1 pixel", 3, 1),
-}
-_VARIANTS = ("none", "fixed", "adaptive")
-CLASSES = {
-    "hippocampus": ("anterior", "posterior"),
-    "covid": (
-        *("cardiomediastinum", "right lung", "left lung"),
-        *("airways", "ground glass", "consolidation"),
-    ),
-}
-# How a prediction was made: what is added to a measure's name.
-_WAYS = {
-    "scores": "",
-    "morphed_scores": ", after the closing",
-    "refined_scores": ", after the closing on class maps",
-}
+__all__ = ["render"]
+
 Run = Mapping[str, Any]
 
 _PREAMBLE = """\
@@ -73,13 +57,13 @@ def render(results: Sequence[Mapping[str, Any]], *, figure: bool = False) -> str
             + ", ".join(f"{value:.4f} of {target:g}" for target, value in spent.items())
             + f". Adaptive sizes: {_sizes(runs)}.\n",
         ]
-        ways = [way for way in _WAYS if all(way in run for run in runs)]
-        for score, (name, digits, _) in _SCORES.items():
+        ways = [way for way in WAYS if all(way in run for run in runs)]
+        for score, (name, digits, _) in SCORES.items():
             for way in ways:
                 if way != "refined_scores":
-                    title = f"{name}{_WAYS[way]}"
+                    title = f"{name}{WAYS[way]}"
                     lines += [f"### {title}\n", *_table(result["task"], runs, way, score, digits)]
-        lines += ["### Where it helps\n", _verdict(runs, ways), ""]
+        lines += ["### Where it helps\n", *verdict(runs, ways)]
     return "\n".join(lines)
 
 
@@ -109,7 +93,7 @@ def _table(task: str, runs: Sequence[Run], way: str, score: str, digits: int) ->
     ]
     for epsilon in sorted({run["epsilon"] for run in runs}):
         for rule in dict.fromkeys(run["rule"] for run in runs):
-            for variant in _VARIANTS:
+            for variant in VARIANTS:
                 cell = _chosen(runs, epsilon=epsilon, rule=rule, variant=variant)
                 if not cell:
                     continue
@@ -127,62 +111,3 @@ def _cell(values: Sequence[float | None], digits: int) -> str:
         return "not present"
     mean, low, high = statistics.mean(known), min(known), max(known)
     return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def _mean_score(run: Run, way: str, score: str) -> float:
-    return float(statistics.mean(x for x in run[way][score] if x is not None))
-
-
-def _verdict(runs: Sequence[Run], ways: Sequence[str]) -> str:
-    """Says of each score in how many settings a variant is clearly better or worse than none.
-
-    None is what the network trained without an operation predicts by itself.
-
-    Clearly: the ranges over the seeds, of the means over classes, do not overlap.
-    """
-    sentences = []
-    for score, (name, _, sign) in _SCORES.items():
-        for way in ways:
-            for variant in _VARIANTS if way != "scores" else _VARIANTS[1:]:
-                sentence = _sentence(runs, way, score, sign, variant)
-                if sentence:
-                    sentences.append(f"- {name}, {variant}{_WAYS[way]}: {sentence}")
-    if not sentences:
-        return "Fewer than two seeds were run: no comparison."
-    rule = (
-        "Clearly: the ranges over the seeds (of the mean over classes) do not overlap. Where "
-        "neither is said, the difference drowns in the spread.\n"
-    )
-    return "\n".join([rule, *sentences])
-
-
-def _sentence(runs: Sequence[Run], way: str, score: str, sign: int, variant: str) -> str:
-    better, worse, differences = [], [], []
-    for epsilon in sorted({run["epsilon"] for run in runs}):
-        for rule in dict.fromkeys(run["rule"] for run in runs):
-            without, with_it = (
-                [
-                    sign * _mean_score(run, how, score)
-                    for run in _chosen(runs, epsilon=epsilon, rule=rule, variant=each)
-                ]
-                for each, how in (("none", "scores"), (variant, way))
-            )
-            if min(len(without), len(with_it)) < 2:
-                continue
-            differences.append(statistics.mean(with_it) - statistics.mean(without))
-            if min(with_it) > max(without):
-                better.append(f"{rule} at ε = {epsilon:g}")
-            elif max(with_it) < min(without):
-                worse.append(f"{rule} at ε = {epsilon:g}")
-    if not differences:
-        return ""
-    mean = statistics.mean(differences)
-    return (
-        f"{'better' if mean > 0 else 'worse'} by {abs(mean):.3g} on average over "
-        f"{len(differences)} settings; clearly better in {_list(better)}, clearly worse in "
-        f"{_list(worse)}."
-    )
-
-
-def _list(settings: Sequence[str]) -> str:
-    return f"{len(settings)} ({', '.join(settings)})" if settings else "none"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 
@@ -15,6 +16,7 @@ benchmark_modules.load()
 from benchmarks import _dp_morph_figure, dp_morph  # noqa: E402
 from benchmarks._dp_morph_report import render  # noqa: E402
 from benchmarks._dp_morph_run import Choice, Experiment  # noqa: E402
+from benchmarks._dp_morph_verdict import Setting, clear_settings, difference  # noqa: E402
 
 SETTINGS = """
 [data]
@@ -99,33 +101,83 @@ def run(variant, seed, dice):
     }  # fmt: skip
 
 
+def result_of(runs):
+    return json.loads(json.dumps({
+        "task": "hippocampus", "machine": {"device": "CPU"}, "date": "2026-01-02", "runs": runs,
+        "versions": {"torch": "2", "monai": "1"},
+    }))  # fmt: skip
+
+
 def test_report_says_what_is_clear_and_what_is_not():
     runs = [run("none", s, 0.5 + 0.01 * s) for s in range(3)]
     runs += [run("fixed", s, 0.6 + 0.01 * s) for s in range(3)]
     runs += [run("adaptive", s, 0.5 + 0.02 * s) for s in range(3)]
-    result = {
-        "task": "hippocampus", "machine": {"device": "CPU"}, "date": "2026-01-02", "runs": runs,
-        "versions": {"torch": "2", "monai": "1"},
-    }  # fmt: skip
-    text = render([json.loads(json.dumps(result))])
+    text = render([result_of(runs)])
     assert "| 3 | flat | fixed | 3 | 0.610 (0.600 to 0.620) | 0.710 (0.700 to 0.720) |" in text
     assert "| 3 | flat | none | 3 | 0.510 (0.500 to 0.520) | not present |" in text
-    assert "- Dice, fixed: better by 0.1 on average over 1 settings; clearly better in 1" in text
-    assert "- Dice, adaptive: better by 0.01 on average over 1 settings; clearly better in none, "\
-        "clearly worse in none." in text  # fmt: skip
+    # 0.1 with standard errors of 0.01 / sqrt(3) each and 4 degrees of freedom: t = 2.776.
+    row = "| fixed against none | +0.100 (+0.077 to +0.123) | 1 | 1 (flat at ε = 3) | none |"
+    assert row in text
+    assert "| adaptive against none | +0.010 (-0.0" in text
+    dice = text[text.index("#### Dice") : text.index("#### 95 %")]
+    assert "**Better**: fixed against none. **No difference shown**: adaptive against none." in dice
+    # A smaller distance is a better one: 10 (1 - Dice) and 2, of which the mean is a run's score.
+    assert "| fixed against none | +0.5 (+0.4 to +0.6) | 1 | 1 (flat at ε = 3) | none |" in text
     # Results of earlier kinds have no scores after the operation.
-    assert "after the closing:" not in text
+    assert "after the closing" not in text[text.index("### Dice") :]
     for each in runs:
-        each["morphed_scores"] = {name: each["scores"][name] for name in each["scores"]}
-    both = render([json.loads(json.dumps(result))])
-    assert "- Dice, none, after the closing: worse by 0 on average" in both
-    assert "- Dice, fixed, after the closing: better by 0.1 on average over 1 settings" in both
+        each["morphed_scores"] = {
+            name: [None if v is None else v + 0.01 for v in values]
+            for name, values in each["scores"].items()
+        }
+    both = render([result_of(runs)])
+    # The same networks: by pairs, so that what varies between seeds does not matter.
+    assert "| none after the closing against none | +0.010 (+0.010 to +0.010) | 1 | 1" in both
+    assert "| fixed after the closing against none | +0.110 (" in both
+    assert "| fixed after the closing against none after the closing | +0.100 (" in both
     assert "### Dice, after the closing" in both
-    # A smaller distance is a better one.
-    assert "- 95 % Hausdorff distance, pixels, fixed: better by" in text
     assert "Adaptive sizes: 5, 3." in text
     assert "2.9000 of 3" in text
-    assert not math.isnan(sum(r["scores"]["dice"][0] for r in runs))
+
+
+def test_differences_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    here, there = [0.2, 0.5, 0.35, 0.3], [0.1, 0.12, 0.2]
+    one = difference([Setting("one", here, there)])
+    expected = stats.ttest_ind(here, there, equal_var=False).confidence_interval(0.95)
+    assert (one.low, one.high) == pytest.approx((expected.low, expected.high))
+    paired = difference([Setting("pairs", [a - b for a, b in zip(here[:3], there, strict=True)])])
+    expected = stats.ttest_rel(here[:3], there).confidence_interval(0.95)
+    assert (paired.low, paired.high) == pytest.approx((expected.low, expected.high))
+    # Two settings alike: the same mean, an error smaller by the root of two, twice the freedom.
+    two = difference([Setting("a", here, there), Setting("b", here, there)])
+    assert two.mean == pytest.approx(one.mean)
+    assert two.high - two.mean < (one.high - one.mean) / math.sqrt(2)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    draw = random.Random(3)
+    missed = 0
+    for _ in range(600):
+        settings = [
+            Setting("", [draw.gauss(1, s) for _ in range(4)], [draw.gauss(0, 1) for _ in range(4)])
+            for s in (0.5, 1.0, 3.0)
+        ]
+        found = difference(settings)
+        missed += not found.low <= 1.0 <= found.high
+    assert 12 <= missed <= 48  # 30 expected, 5.3 the standard deviation
+
+
+def test_clear_settings_are_corrected_for_their_number():
+    noise = [0.0, 0.01, -0.01, 0.0]
+    clear = Setting("clear", [0.5 + n for n in noise], noise)
+    doubtful = Setting("doubtful", [0.0155 + n for n in noise], noise[::-1])
+    stats = pytest.importorskip("scipy.stats")
+    chance = stats.ttest_ind(doubtful.scores, doubtful.others, equal_var=False).pvalue
+    assert 0.05 / 2 < chance < 0.05  # clear by itself, not as the third of four
+    worse = Setting("worse", [-1.0, -1.0, -1.0, -1.0], [0.0, 0.0, 0.0, 0.0])
+    alike = Setting("alike", [1.0, 1.0], [1.0, 1.0])
+    assert clear_settings([alike, doubtful, clear, worse]) == (["clear"], ["worse"])
 
 
 def test_finished_runs_are_not_made_again(tmp_path, monkeypatch):
