@@ -83,7 +83,7 @@ OPS = {
         _step_tables.unmeasured,
         _step_tables.TEXT,
         requires=("monai", "einops"),
-        peers=("monai", "opacus"),
+        peers=("monai", "opacus", "opake", "fastdp"),
     ),
     morphology.OP: Op(
         morphology.Settings,

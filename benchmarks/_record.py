@@ -139,10 +139,12 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         "versions": {
             "dpfast": __version__,
             "torch": torch.__version__,
+            "fastdp": _version("fastDP"),
             "flower": _version("flwr"),
             "kornia": _version("kornia"),
             "monai": _version("monai"),
             "opacus": _version("opacus"),
+            "opake": _version("opake"),
             "opencv": _opencv_version(),
             "scipy": _version("scipy"),
             "python": platform.python_version(),

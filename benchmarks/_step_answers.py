@@ -55,6 +55,7 @@ STRATEGIES = Tolerance(1e-4, 1e-2)
 # tensor's norm counts as at least this part of the norm of all.
 _SMALLEST_NORM = 1e-3
 _LOSS_TOLERANCE = 1e-5
+_NAMED = 2  # parameters in a message
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,11 @@ def check_gradients(
       WrongAnswerError: a parameter is missing, or an error is above its tolerance or no number.
     """
     if got.keys() != expected.keys():
+        differing = sorted(got.keys() ^ expected.keys())
         raise WrongAnswerError(
-            f"{name}: there must be gradients of the trained parameters, differing are "
-            f"{sorted(got.keys() ^ expected.keys())}, for {where}"
+            f"{name}: there must be gradients of the {len(expected)} trained parameters, got "
+            f"{len(got)}, differing are {', '.join(differing[:_NAMED])}"
+            f"{' and others' if len(differing) > _NAMED else ''}, for {where}"
         )
     errors, norms = [], []
     for key, true in expected.items():

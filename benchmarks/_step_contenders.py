@@ -1,4 +1,4 @@
-"""The steps that are compared: ordinary, dpfast with and without a budget, torch.func, Opacus.
+"""The steps that are compared: ordinary, dpfast with and without a budget, and the peers.
 
 Every step is zero_grad, forward, loss, backward and the update of plain SGD; a private one clips
 every sample's gradient and adds noise between the last two.
@@ -10,6 +10,7 @@ import torch
 
 import dpfast
 from benchmarks._step_opacus import FunctorchStep, GhostStep, HooksStep
+from benchmarks._step_peers import FastdpStep, OpakeStep
 from benchmarks._step_task import Batch, Privacy, Step, StepType, Task, predict
 
 __all__ = ["BUDGET", "DPFAST", "ORDINARY", "STEPS"]
@@ -105,7 +106,9 @@ STEPS: dict[str, StepType] = {
     DPFAST: DpfastStep,
     BUDGET: BudgetStep,
     "torch_func": TorchFuncStep,
+    "opake": OpakeStep,
     "opacus_hooks": HooksStep,
     "opacus_functorch": FunctorchStep,
     "opacus_ghost": GhostStep,
+    "fastdp": FastdpStep,
 }

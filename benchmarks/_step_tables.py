@@ -27,9 +27,11 @@ LABELS = {
     DPFAST: "dpfast",
     BUDGET: "dpfast, memory budget",
     "torch_func": "torch.func",
+    "opake": "opake",
     "opacus_hooks": "Opacus hooks",
     "opacus_functorch": "Opacus functorch",
     "opacus_ghost": "Opacus ghost",
+    "fastdp": "fastDP",
 }
 _CASE_HEADINGS = ["network", "batch", "parameters"]
 
@@ -46,8 +48,10 @@ million parameters in 2D and 1.19 million in 3D.
 Checked before: each contender's noiseless step against ordinary autograd on one sample after the
 other, in float64 on two samples and in float32 on the batch that is timed, and the noise's moments.
 "torch.func" is `vmap(grad(...))` with clipping and noise in PyTorch's ops; Opacus' ghost clipping
-gets dpfast's per-sample loss, since it would clip something else with MONAI's. opake, fastDP and
-jax-privacy take no part: there are no adapters for them.
+gets dpfast's per-sample loss, since it would clip something else with MONAI's. fastDP clips in its
+default mode by its "Abadi" rule; it comes from its repository alone
+(github.com/awslabs/fast-differential-privacy). jax-privacy takes no part: it differentiates JAX's
+functions, not PyTorch's networks.
 
 Memory on the CPU is the peak of resident memory (VmHWM) over three steps in a fresh process minus
 what it held before (libraries, network, batch, and what a step on one sample leaves behind). The

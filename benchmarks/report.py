@@ -65,14 +65,16 @@ def _processor(machine: dict[str, Any]) -> str:
 
 def _peers(op: Op, versions: dict[str, str | None]) -> str:
     names = {
+        "fastdp": "fastDP",
         "flower": "Flower",
         "kornia": "kornia",
         "monai": "MONAI",
         "opacus": "Opacus",
+        "opake": "opake",
         "opencv": "OpenCV",
         "scipy": "SciPy",
     }
-    return "".join(f"{names[peer]} {versions[peer] or 'not installed'}, " for peer in op.peers)
+    return "".join(f"{names[peer]} {versions.get(peer) or 'not installed'}, " for peer in op.peers)
 
 
 def _about(op: Op, result: dict[str, Any]) -> str:

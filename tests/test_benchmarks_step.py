@@ -102,14 +102,38 @@ def test_in_place_activations_are_a_failure_of_opacus_and_no_error(result):
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
-@pytest.mark.parametrize("name", PRIVATE)
+@pytest.mark.parametrize("name", [name for name in PRIVATE if name != "fastdp"])
 def test_every_contender_is_right_on_the_tiny_unet(task, name):
-    if name.startswith("opacus"):
-        pytest.importorskip("opacus")
+    for package in ("opacus", "opake"):
+        if name.startswith(package):
+            pytest.importorskip(package)
     answer = _step_answers.reference(task)
     _step_answers.check_step(
         name, _step_contenders.STEPS[name], task, answer, _step_answers.ROUNDED
     )
+
+
+class _KnownToFastdp(_step_task.Task):
+    """A network of layers that fastDP knows, where the UNet has transposed convolutions."""
+
+    def model(self):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            return torch.nn.Sequential(
+                torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1)
+            )
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+def test_fastdp_is_right_where_it_knows_the_layers_and_caught_where_it_does_not(task):
+    pytest.importorskip("fastDP")
+    build = _step_contenders.STEPS["fastdp"]
+    known = _KnownToFastdp(CASE, CPU)
+    answer = _step_answers.reference(known)
+    _step_answers.check_step("fastdp", build, known, answer, _step_answers.ROUNDED)
+    answer = _step_answers.reference(task)
+    with pytest.raises(_answers.WrongAnswerError, match=r"fastdp: .*model\.0\..* and others"):
+        _step_answers.check_step("fastdp", build, task, answer, _step_answers.ROUNDED)
 
 
 def test_reference_clips_one_sample_at_least_and_leaves_one_at_least(task):
