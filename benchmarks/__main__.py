@@ -9,7 +9,15 @@ from benchmarks._paths import leave_source_folder
 
 # Experiments with a command line of their own; all else measures ops.
 _EXPERIMENTS = (
-    *("adp_fl", "dp_morph", "instructions", "large_federation", "thresholds", "utility"),
+    *(
+        "adp_fl",
+        "agreement",
+        "dp_morph",
+        "instructions",
+        "large_federation",
+        "thresholds",
+        "utility",
+    ),
 )
 
 if __name__ == "__main__":

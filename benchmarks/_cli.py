@@ -21,7 +21,7 @@ from dpfast import _native
 
 __all__ = ["main"]
 
-_NOT_A_TERMINAL_WIDTH = 180
+_NOT_A_TERMINAL_WIDTH = 240
 _IDLE_LOAD = 0.5
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 
 from benchmarks import clip_and_noise, conv_grad, morphology
 from benchmarks._morphology_cases import Case as MorphologyCase
+from benchmarks._networks import network_of
 from benchmarks._step_contenders import DPFAST
 from benchmarks._step_tables import LABELS
 from benchmarks._tables import BANDWIDTH_TARGET
@@ -26,6 +27,7 @@ __all__ = ["draw_roofline", "draw_steps"]
 Result = Mapping[str, Any]
 _DOTS_PER_INCH = 110
 _GREY = "0.45"
+_COLOURS = tuple(f"C{number}" for number in range(10))  # a contender has one in both pictures
 
 
 def _draw_lines(axes: Axes, lines: Mapping[str, list[tuple[int, float]]]) -> None:
@@ -122,34 +124,46 @@ def draw_roofline(results: Sequence[Result], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_steps(result: Result, path: Path) -> None:
+def _times(row: Result) -> dict[str, float]:
+    found = row["time_over_ordinary"]
+    return {name: ratio["median_of_rounds"] for name, ratio in found.items()}
+
+
+def _peaks(row: Result) -> dict[str, float]:
+    return dict(row["memory_over_ordinary"])
+
+
+def draw_steps(steps: Result, memories: Result, path: Path) -> None:
     """Time and memory of a private step over an ordinary one's, all contenders that did it.
 
     Args:
-      result: of the step benchmark.
+      steps: of the step benchmark.
+      memories: of the memory benchmark, on the same device.
       path: of the picture.
     """
-    rows = [row for row in result["rows"] if "torch_func" in row["memory_over_ordinary"]]
-    names = [row["case"]["network"] for row in rows]
-    contenders = [name for name in LABELS if any(name in row["memory"] for row in rows)]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.8))
-    width = 0.8 / len(contenders)
-    found: dict[str, Callable[[Result, str], float]] = {
-        "time": lambda row, name: float(row["time_over_ordinary"][name]["median_of_rounds"]),
-        "peak memory": lambda row, name: float(row["memory_over_ordinary"][name]),
-    }
-    for each, (title, value) in zip(axes, found.items(), strict=True):
+    for each, title, result, ratios in (
+        (axes[0], "time", steps, _times),
+        (axes[1], "peak memory", memories, _peaks),
+    ):
+        found = {
+            row["case"]["network"]: ratios(row)
+            for row in result["rows"]
+            if network_of(row["case"]["network"]).has_target
+        }
+        contenders = [name for name in LABELS if any(name in row for row in found.values())]
+        width = 0.8 / len(contenders)
         for number, name in enumerate(contenders):
-            places = [i for i, row in enumerate(rows) if name in row["memory_over_ordinary"]]
+            shown = {i: row[name] for i, row in enumerate(found.values()) if name in row}
             each.bar(
-                [i + (number - (len(contenders) - 1) / 2) * width for i in places],
-                [value(rows[i], name) for i in places],
+                [i + (number - (len(contenders) - 1) / 2) * width for i in shown],
+                list(shown.values()),
                 width,
                 label=LABELS[name],
-                color="black" if name == DPFAST else None,
+                color="black" if name == DPFAST else _COLOURS[list(LABELS).index(name)],
             )
         each.axhline(1.0, color=_GREY, linewidth=1, linestyle="--")
-        each.set_xticks(range(len(names)), names)
+        each.set_xticks(range(len(found)), list(found))
         each.set(title=f"{title} of a private step over an ordinary one's")
     axes[0].legend(fontsize=7)
     figure.tight_layout()

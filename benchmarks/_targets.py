@@ -8,12 +8,14 @@ from typing import Any
 
 from benchmarks import (
     _federated_tables,
+    _memory_tables,
     _morphology_tables,
     _scaling_tables,
     _step_tables,
     _tables,
     clip_and_noise,
     federated,
+    memory,
     morphology,
     scaling,
     step,
@@ -139,7 +141,7 @@ def _step_time(result: Result, device_type: str) -> Iterable[Figure]:
 
 def _step_memory(result: Result, device_type: str) -> Iterable[Figure]:
     for row in result["rows"]:
-        most = _step_tables.memory_target(StepCase.from_json(row["case"]), device_type)
+        most = _memory_tables.memory_target(StepCase.from_json(row["case"]), device_type)
         if most is not None and DPFAST in row["memory_over_ordinary"]:
             yield Figure(row["memory_over_ordinary"][DPFAST], most=most)
 
@@ -148,7 +150,7 @@ def _largest_batch(result: Result, device_type: str) -> Iterable[Figure]:
     for row in result["batches"]:
         if BUDGET in row["memory_over_ordinary"]:
             share = 1 / row["memory_over_ordinary"][BUDGET]
-            yield Figure(share, least=_step_tables.LARGEST_BATCH_TARGET)
+            yield Figure(share, least=_memory_tables.LARGEST_BATCH_TARGET)
 
 
 def _morphology_ratio(
@@ -250,13 +252,13 @@ TARGETS = (
     ),
     Target(
         "DP step: peak memory over the ordinary step's",
-        step.OP,
+        memory.OP,
         {"cpu": "at most 1.10x", "cuda": "at most 1.15x"},
         _step_memory,
     ),
     Target(
         "largest batch over the ordinary step's",
-        step.OP,
+        memory.OP,
         {"cpu": "at least 0.90x", "cuda": "at least 0.90x"},
         _largest_batch,
     ),

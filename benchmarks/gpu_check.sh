@@ -56,7 +56,7 @@ DPFAST_CUDA=ON part build 240 "$python" -m pip install --no-build-isolation --no
 
 results=$root/benchmarks/results/unknown-device
 if [ "$failed" -ne 0 ]; then
-  for name in tests memcheck racecheck benchmarks conv_grad step morphology; do
+  for name in tests memcheck racecheck benchmarks conv_grad step memory morphology; do
     skip "$name" "the build failed"
   done
 else
@@ -81,8 +81,9 @@ else
   part conv_grad 120 "$python" -m benchmarks conv_grad --device cuda --output "$logs" "$@"
   if "$python" -c 'import monai, einops' 2>/dev/null; then
     part step 300 "$python" -m benchmarks step --device cuda --output "$logs" "$@"
+    part memory 200 "$python" -m benchmarks memory --device cuda --output "$logs" "$@"
   else
-    skip step "MONAI or einops is not installed"
+    for name in step memory; do skip "$name" "MONAI or einops is not installed"; done
   fi
   part morphology 300 "$python" -m benchmarks morphology --device cuda --output "$logs" "$@"
 fi

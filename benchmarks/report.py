@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _targets as targets
-from benchmarks import step
+from benchmarks import memory, step
 from benchmarks._ops import OPS, Op
 from benchmarks._readme import replace_table
 from benchmarks._text import NOT_MEASURED, TextTable
@@ -151,10 +151,10 @@ def write(results: Path, root: Path) -> None:
     docs, readme = root / "docs", root / "README.md"
     (docs / "benchmarks.md").write_text(render(results))
     for slug in _devices(found):
-        own = [each for each in found if each["machine"]["device_slug"] == slug]
-        _figures.draw_roofline(own, docs / "figures" / _figure("roofline", slug))
-        for result in own:
-            if result["op"] == step.OP:
-                _figures.draw_steps(result, docs / "figures" / _figure("steps", slug))
-    steps = [each for each in found if each["op"] == step.OP]
-    readme.write_text(replace_table(readme.read_text(), steps))
+        own = {each["op"]: each for each in found if each["machine"]["device_slug"] == slug}
+        _figures.draw_roofline(list(own.values()), docs / "figures" / _figure("roofline", slug))
+        if step.OP in own and memory.OP in own:
+            path = docs / "figures" / _figure("steps", slug)
+            _figures.draw_steps(own[step.OP], own[memory.OP], path)
+    steps, memories = ([each for each in found if each["op"] == op] for op in (step.OP, memory.OP))
+    readme.write_text(replace_table(readme.read_text(), steps, memories))

@@ -73,7 +73,7 @@ def _save(folder: Path, result: dict, name: str = "clip_and_noise.json") -> None
 def test_every_quick_row_has_right_answers_and_the_documented_fields(result: dict):
     assert {"date", "machine", "commit", "versions", "build", "op", "quick"} <= result.keys()
     assert {"device", "cores", "threads"} <= result["machine"].keys()
-    peers = {"flower", "kornia", "monai", "opacus", "opencv", "scipy"}
+    peers = {"fastdp", "flower", "kornia", "monai", "opacus", "opake", "opencv", "scipy"}
     assert {"dpfast", "torch", "python"} | peers == result["versions"].keys()
     assert {"hash", "dirty"} == result["commit"].keys()
     assert result["build"]["instruction_set"]

@@ -25,36 +25,45 @@ def test_the_docs_are_those_of_the_saved_results():
     assert (ROOT / "docs" / "benchmarks.md").read_text() == report.render(RESULTS)
 
 
-def test_readme_is_that_of_the_saved_results(steps):
+@pytest.fixture(scope="module")
+def memories():
+    return report.load_results(RESULTS, "memory")
+
+
+def test_readme_is_that_of_the_saved_results(steps, memories):
     readme = (ROOT / "README.md").read_text()
-    assert _readme.replace_table(readme, steps) == readme
+    assert _readme.replace_table(readme, steps, memories) == readme
 
 
-def test_readme_tells_who_fails_and_what_nobody_measured(steps):
-    result = copy.deepcopy(steps[0])
-    row = result["rows"][0]
-    row["case"]["network"] = "a network"
+def test_readme_tells_who_fails_and_what_nobody_measured(steps, memories):
+    result, memory = copy.deepcopy(steps[0]), copy.deepcopy(memories[0])
+    row, memory_row = result["rows"][0], memory["rows"][0]
+    assert row["case"]["network"] == memory_row["case"]["network"] == "UNet 2D"
     row["time_over_ordinary"]["dpfast"]["median_of_rounds"] = 0.5
     row["not_measured"]["opacus_hooks"] = "RuntimeError: no"
-    del row["time_over_ordinary"]["opacus_hooks"], row["memory_over_ordinary"]["opacus_hooks"]
-    del row["memory_over_ordinary"]["dpfast"]
-    text = _readme.replace_table(f"before\n{_readme.BEGIN}\nold\n{_readme.END}\nafter", [result])
+    del row["time_over_ordinary"]["opacus_hooks"]
+    del memory_row["memory_over_ordinary"]["opacus_hooks"]
+    del memory_row["memory_over_ordinary"]["dpfast"]
+    text = f"before\n{_readme.BEGIN}\nold\n{_readme.END}\nafter"
+    text = _readme.replace_table(text, [result], [memory])
     assert text.startswith("before\n")
     assert text.endswith("after")
     assert "old" not in text
-    (line,) = [each for each in text.splitlines() if "a network" in each]
+    (line,) = [each for each in text.splitlines() if "UNet 2D" in each]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1] == "0.50x"
     assert cells[3] == cells[6] == "fails"
     assert cells[4] == "not measured"
 
 
-def test_readme_without_its_marks_is_an_error(steps):
+def test_readme_without_its_marks_or_its_results_is_an_error(steps, memories):
     with pytest.raises(ValueError, match="must hold"):
-        _readme.replace_table("nothing", steps)
+        _readme.replace_table("nothing", steps, memories)
+    with pytest.raises(ValueError, match="must hold"):
+        _readme.replace_table(f"{_readme.BEGIN}\n{_readme.END}", steps, [])
 
 
-def test_pictures_are_drawn_of_every_device(tmp_path, steps):
+def test_pictures_are_drawn_of_every_device(tmp_path, steps, memories):
     found = [result for op in OPS for result in report.load_results(RESULTS, op)]
     slugs = {result["machine"]["device_slug"] for result in found}
     for slug in slugs:
@@ -62,7 +71,7 @@ def test_pictures_are_drawn_of_every_device(tmp_path, steps):
         _figures.draw_roofline(own, tmp_path / f"{slug}.png")
         assert (tmp_path / f"{slug}.png").stat().st_size > 10_000
         assert (ROOT / "docs" / "figures" / f"roofline-{slug}.png").is_file()
-    _figures.draw_steps(steps[0], tmp_path / "steps.png")
+    _figures.draw_steps(steps[0], memories[0], tmp_path / "steps.png")
     assert (tmp_path / "steps.png").stat().st_size > 10_000
 
 
