@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from dpfast.federated.settings import load_federated_settings
 from dpfast.federated.sites import make_site, records_by_site
 from dpfast.segmentation.data import make_data
 
-__all__ = ["Seconds", "run"]
+__all__ = ["Seconds", "federation", "run"]
 
 _SETTINGS = """\
 [data]
@@ -143,9 +143,9 @@ def _timed_steps(seconds: Seconds) -> Iterator[None]:
         site_module.PrivateRun = original
 
 
-def run(case: Case, *, rounds: int | None = None) -> Seconds:
-    """Train a case's sites in this process and say where the time went."""
-    case = case if rounds is None else replace(case, rounds=rounds)
+@contextmanager
+def federation(case: Case) -> Iterator[Callable[[], Seconds]]:
+    """Make a case's sites with their data; yields what runs the rounds, once, in this process."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "settings.toml"
         levels = [2] * (len(case.channels) - 1)
@@ -172,13 +172,23 @@ def run(case: Case, *, rounds: int | None = None) -> Seconds:
         ]
         timed: Any = {site.name: _TimedSite(site, seconds) for site in sites}
         grid = InProcessGrid(timed)
-        try:
+
+        def rounds() -> Seconds:
             with _timed_steps(seconds), Server(settings, task, folder, grid, grid.nodes) as server:
                 stopwatch = _Stopwatch()
                 server.run(stopwatch)
                 seconds.total = stopwatch.seconds
+            return seconds
+
+        try:
+            yield rounds
         finally:
             grid.close()
             for site in sites:
                 site.close()
-    return seconds
+
+
+def run(case: Case, *, rounds: int | None = None) -> Seconds:
+    """Train a case's sites in this process and say where the time went."""
+    with federation(case if rounds is None else replace(case, rounds=rounds)) as run_rounds:
+        return run_rounds()

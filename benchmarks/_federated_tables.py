@@ -21,9 +21,10 @@ evaluation is in neither. "a site beyond its steps" is what a site's rounds take
 training steps, over those: making the model, the engine and the optimizer, ledger and checkpoint. A
 row is the median of whole runs, "spread" the distance of their extremes.
 
-Memory is the peak of a run beyond libraries, of resident memory in a fresh process with
-`MALLOC_MMAP_THRESHOLD_=65536`, over the network's weights: weights, gradients, optimizer and
-activations of one site, the server's weights and their mean.
+Memory is the rounds' peak beyond what libraries and the sites with their data hold, of resident
+memory in a fresh process with `MALLOC_MMAP_THRESHOLD_=65536`, over the network's weights: weights,
+gradients, optimizer and activations of one site, the server's weights and their mean. "held before"
+is what more sites hold more: phantoms stay in memory, images from files do not.
 
 Targets: outside the sites at most 2 %; the same memory whatever the number of sites.
 """
@@ -58,7 +59,10 @@ def _time_row(row: dict[str, Any]) -> list[str]:
 
 
 def _memory_headings() -> list[str]:
-    return ["network", "sites", "weights, MB", "peak / weights", "over the fewest sites"]
+    return [
+        *("network", "sites", "weights, MB", "held before, MB more"),
+        *("peak / weights", "over the fewest sites"),
+    ]
 
 
 def _memory_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -71,11 +75,18 @@ def _memory_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
                 case.network,
                 str(case.sites),
                 f"{row['model'] / 1e6:.1f}",
+                _held_more(row, rows[0]),
                 f"{row['bytes'] / row['model']:.1f}x",
                 _mark(f"{growth:.2f}x", growth > MEMORY_GROWTH_TARGET),
             ]
         )
     return found
+
+
+def _held_more(row: dict[str, Any], first: dict[str, Any]) -> str:
+    if "base_bytes" not in row:  # results of earlier kinds
+        return NOT_MEASURED
+    return f"{(row['base_bytes'] - first['base_bytes']) / 1e6:.1f}"
 
 
 def tables(result: dict[str, Any]) -> list[TextTable]:
@@ -90,7 +101,7 @@ def unmeasured(device_type: str, *, quick: bool) -> list[TextTable]:
     """The tables where nobody has measured."""
     times = [[*_case_cells(case), *[NOT_MEASURED] * 4] for case in cases(quick=quick)]
     memory = [
-        [case.network, str(case.sites), *[NOT_MEASURED] * 3] for case in memory_cases(quick=quick)
+        [case.network, str(case.sites), *[NOT_MEASURED] * 4] for case in memory_cases(quick=quick)
     ]
     return [
         TextTable("time", _time_headings(), times, _LEFT),

@@ -1,4 +1,4 @@
-"""Measures a federation's peak memory: `python -m benchmarks._federated_worker`.
+"""Measures the peak memory of a federation's rounds: `python -m benchmarks._federated_worker`.
 
 Its argument is a row and a number of threads as JSON; the last line that it prints is the result as
 JSON, or how it failed.
@@ -15,11 +15,11 @@ from benchmarks._paths import leave_source_folder
 
 
 def main(argument: str) -> None:
-    """Run the federation and print its peak."""
+    """Run the rounds and print their peak, above what the sites with their data hold."""
     import torch
 
     from benchmarks._federated_cases import Case
-    from benchmarks._federated_run import run
+    from benchmarks._federated_run import federation, run
     from benchmarks._memory import peak_of_call
     from benchmarks._record import failure
 
@@ -30,7 +30,8 @@ def main(argument: str) -> None:
     try:
         # A small one first, which loads libraries and sets up their state.
         run(replace(case, sites=2, channels=(4, 8)))
-        found = asdict(peak_of_call(lambda: run(case), torch.device("cpu"), calls=1))
+        with federation(case) as rounds:
+            found = asdict(peak_of_call(rounds, torch.device("cpu"), calls=1))
     except Exception as error:  # whatever it raises is what is to be told
         found = {"failure": failure(error)}
     print(json.dumps(found))

@@ -86,8 +86,9 @@ def _commit(given: str | None) -> dict[str, Any]:
     if given is not None:
         return {"hash": given, "dirty": None}
     commit = _git("rev-parse", "HEAD")
-    # Results of an earlier run are no change of what is measured.
-    changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    # Results of an earlier run, and pages made of them, are no change of what is measured.
+    generated = [f":(exclude){folder}" for folder in ("benchmarks/results", "docs")]
+    changes = _git("status", "--porcelain", "--", ".", *generated)
     return {"hash": commit, "dirty": None if changes is None else bool(changes)}
 
 

@@ -211,6 +211,12 @@ def _overhead(result: Result, device_type: str) -> Iterable[Figure]:
         yield Figure(row["outside_over_training"], most=_federated_tables.OVERHEAD_TARGET)
 
 
+def _federated_memory(result: Result, device_type: str) -> Iterable[Figure]:
+    fewest = result["memory"][0]["bytes"]
+    for row in result["memory"][1:]:
+        yield Figure(row["bytes"] / fewest, most=_federated_tables.MEMORY_GROWTH_TARGET)
+
+
 def _weak_scaling(result: Result, device_type: str) -> Iterable[Figure]:
     for row in result["rows"]:
         together = row["contenders"]["dpfast"]["efficiency"]["together"]["median"]
@@ -311,6 +317,12 @@ TARGETS = (
         {"cpu": "at most 2 %"},
         _overhead,
         percent=True,
+    ),
+    Target(
+        "federated rounds in one process: peak memory at more sites, over two sites'",
+        federated.OP,
+        {"cpu": "at most 1.10x"},
+        _federated_memory,
     ),
     Target(
         "weak scaling over 2 processes: efficiency",

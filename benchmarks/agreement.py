@@ -121,10 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     table = Table("op", "table", "column", "rows", "median change", "largest", "within the spread")
+    compared = []
     for op in OPS:
         files = [folder / f"{op}.json" for folder in (arguments.folder, arguments.other)]
         if not all(file.exists() for file in files):
             continue
+        compared.append(op)
         for each in compare(*(json.loads(file.read_text()) for file in files)):
             table.add_row(
                 each.op,
@@ -135,8 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{100 * max(each.moved):.1f} %",
                 f"{each.within}",
             )
-    if not table.rows:
+    if not compared:
         parser.error(f"no op has results in both {arguments.folder} and {arguments.other}")
     console = Console()
     (console if console.is_terminal else Console(width=180)).print(table)
+    print(f"compared: {', '.join(compared)}; a figure that did not move at all has no line")
     return 0

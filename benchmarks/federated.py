@@ -69,7 +69,14 @@ def run(
     for number, case in enumerate(held, start=len(chosen)):
         on_row(f"memory, {case.label}", number, total)
         peak = run_worker("benchmarks._federated_worker", {"case": asdict(case)})
-        memory.append({"case": asdict(case), "bytes": peak.bytes, "model": _model_bytes(case)})
+        memory.append(
+            {
+                "case": asdict(case),
+                "bytes": peak.bytes,
+                "base_bytes": peak.base_bytes,
+                "model": _model_bytes(case),
+            }
+        )
     return {"op": OP, "quick": settings.quick, "rows": rows, "memory": memory}
 
 

@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._record import ROOT, device_name
-from dpfast.federated.flower.messages import to_arrays, to_weights
+from dpfast.federated.flower.arrays import to_arrays, to_weights
 from dpfast.federated.strategies import RunningMean
 from dpfast.federated.weights import digest, problem_with
 from dpfast.privacy import accounting

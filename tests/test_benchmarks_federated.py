@@ -55,11 +55,15 @@ def test_misses_are_marked():
         "spread": 0.0,
         "site_over_steps": 0.5,
     }
-    memory = [{"case": case, "bytes": each, "model": 100} for each in (100, 120)]
+    memory = [
+        {"case": case, "bytes": each, "base_bytes": 10**6 * each, "model": 100}
+        for each in (100, 120)
+    ]
     time, held = _federated_tables.tables({"rows": [row], "memory": memory})
     assert "3.00 % (missed)" in time.rows[0]
     assert held.rows[0][-1] == "1.00x"
     assert held.rows[1][-1] == "1.20x (missed)"
+    assert [row[3] for row in held.rows] == ["0.0", "20.0"]
     row["outside_over_training"] = 0.019
     assert "1.90 %" in _federated_tables.tables({"rows": [row], "memory": []})[0].rows[0]
 

@@ -11,14 +11,8 @@ from typing import Any, Protocol
 import torch
 
 from dpfast.errors import PrivacyError
-from dpfast.federated.flower.messages import (
-    evaluation,
-    read_scores,
-    read_update,
-    to_arrays,
-    to_weights,
-    weighted,
-)
+from dpfast.federated.flower.arrays import to_arrays, to_weights
+from dpfast.federated.flower.messages import evaluation, read_scores, read_update, weighted
 from dpfast.federated.run_folder import FederatedFolder
 from dpfast.federated.site import Scores, Update
 from dpfast.federated.strategies import (

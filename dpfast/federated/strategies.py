@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from dpfast import _validate
-from dpfast.federated.flower.messages import WEIGHT, to_arrays, to_weights
+from dpfast.federated.flower.arrays import to_arrays, to_weights
+from dpfast.federated.flower.messages import WEIGHT
 from dpfast.federated.weights import Weights
 from dpfast.ops import NoiseSource, clip_and_noise
 from dpfast.privacy import PrivacyLedger

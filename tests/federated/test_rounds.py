@@ -8,8 +8,9 @@ pytest.importorskip("flwr")
 
 from flwr.app import ConfigRecord
 
+from dpfast.federated.flower.arrays import to_arrays, to_weights
 from dpfast.federated.flower.in_process import InProcessGrid
-from dpfast.federated.flower.messages import evaluation, to_arrays, to_weights, weighted
+from dpfast.federated.flower.messages import evaluation, weighted
 from dpfast.federated.rounds import MissingSitesError, Policy, Rounds
 from dpfast.federated.run_folder import FederatedFolder
 from dpfast.federated.strategies import (

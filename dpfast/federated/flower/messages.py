@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
-
 from dpfast.errors import PrivacyError
+from dpfast.federated.flower.arrays import to_arrays, to_weights
 from dpfast.federated.site import Scores, Site, Update
 from dpfast.federated.weights import Weights
 from dpfast.segmentation._extras import needs_extra
 
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 with needs_extra("dpfast federate", extra="federated"):
     from flwr.app import (
-        Array,
         ArrayRecord,
         ConfigRecord,
         Context,
@@ -45,8 +40,6 @@ __all__ = [
     "read_name",
     "read_scores",
     "read_update",
-    "to_arrays",
-    "to_weights",
     "weighted",
 ]
 
@@ -57,22 +50,6 @@ _LOG = logging.getLogger("dpfast.federated")
 WEIGHT = "weight"
 _ARRAYS, _CONFIG, _METRICS, _SITE = "arrays", "config", "metrics", "site"
 _ROUND = "server-round"
-
-
-def to_arrays(weights: Weights) -> ArrayRecord:
-    """Weights as Flower sends them."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(each)) for name, each in weights.items()})
-
-
-def to_weights(arrays: Any) -> dict[str, Any]:
-    """The reverse.
-
-    Raises:
-      ValueError: not an ArrayRecord.
-    """
-    if not isinstance(arrays, ArrayRecord):
-        raise ValueError(f"to_weights: arrays must be an ArrayRecord, got {type(arrays).__name__}")
-    return {name: each.numpy() for name, each in arrays.items()}
 
 
 def evaluation(weights: ArrayRecord, round_number: int, nodes: Iterable[int]) -> list[Message]:
