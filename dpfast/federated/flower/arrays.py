@@ -58,16 +58,17 @@ def to_weights(arrays: Any) -> dict[str, Any]:
 def _written(array: NDArray[Any]) -> Array:
     if array.dtype.hasobject:
         return Array(array)  # raises
-    data = _header(array.dtype, array.shape) + array.tobytes()
-    return Array(str(array.dtype), array.shape, _KIND, data)
+    kind, header = _about(array.dtype, array.shape)
+    return Array(kind, array.shape, _KIND, header + array.tobytes())
 
 
 @lru_cache(_HEADERS)
-def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+def _about(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[str, bytes]:
+    """The name of a kind, and the header."""
     file = BytesIO()
     about = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     npy.write_array_header_1_0(file, about)
-    return file.getvalue()
+    return str(dtype), file.getvalue()
 
 
 def _read(array: Array) -> NDArray[Any]:
