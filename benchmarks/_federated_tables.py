@@ -19,7 +19,7 @@ Sites in one process, phantoms of 64x64, MONAI's UNet, FedAvg, ADP-FL. "outside 
 messages, checks, averages, digests and the server's files take, over the time in which sites train;
 evaluation is in neither. "a site beyond its steps" is what a site's rounds take beyond their
 training steps, over those: making the model, the engine and the optimizer, ledger and checkpoint. A
-row is the median of whole runs, "spread" the distance of their extremes.
+row is the median of whole runs, "spread, points" the distance of their extremes.
 
 Memory is the rounds' peak beyond what libraries and the sites with their data hold, of resident
 memory in a fresh process with `MALLOC_MMAP_THRESHOLD_=65536`, over the network's weights: weights,
@@ -37,7 +37,7 @@ def _mark(cell: str, missed: bool) -> str:
 def _time_headings() -> list[str]:
     return [
         *("network", "sites", "local epochs", "s/round"),
-        *("outside the sites", "spread", "a site beyond its steps"),
+        *("outside the sites", "spread, points", "a site beyond its steps"),
     ]
 
 

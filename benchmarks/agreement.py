@@ -4,7 +4,7 @@
 
 Every figure of every table of either run is compared: how far it moved, relative to itself, and in
 how many rows by no more than the larger of the two runs' spreads. Spreads are of dpfast's time
-within one run; where a table reports none, peaks of memory, 2 % are allowed.
+within one run; where a table reports none (memory, federated rounds), 2 % are allowed.
 """
 
 from __future__ import annotations
