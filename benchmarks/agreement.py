@@ -2,9 +2,9 @@
 
     python -m benchmarks agreement FOLDER [OTHER]    # OTHER: this device's saved results
 
-Every figure of every table of either run is compared: how far it moved, relative to itself, and in
-how many rows by no more than the larger of the two runs' spreads. Spreads are of dpfast's time
-within one run; where a table reports none (memory, federated rounds), 2 % are allowed.
+Every figure that both runs' tables have is compared: how far it moved, relative to the mean of
+both, and in how many rows by no more than the larger of the two runs' spreads. Spreads are of
+dpfast's time within one run; where a table reports none (memory, federated rounds), 2 % are allowed.
 """
 
 from __future__ import annotations
@@ -127,7 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not all(file.exists() for file in files):
             continue
         compared.append(op)
-        for each in compare(*(json.loads(file.read_text()) for file in files)):
+        try:
+            found = compare(*(json.loads(file.read_text()) for file in files))
+        except ValueError as error:
+            parser.error(str(error))
+        for each in found:
             table.add_row(
                 each.op,
                 each.table,

@@ -89,6 +89,12 @@ BAD = {
     "half a header": GOOD[:40],
     "too short": GOOD[:-1],
     "a shape without its numbers": GOOD.replace(b"(7,), ", b"(7000000000,), ".ljust(6))[:200],
+    "a shape beyond all numbers": np.lib.format.magic(1, 0)
+    + b"\x76\x00"
+    + f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({10**30},), }}".ljust(118).encode(),
+    "the same in another order": np.lib.format.magic(1, 0)
+    + b"\x76\x00"
+    + f"{{'descr': '<f8', 'fortran_order': True, 'shape': ({10**30},), }}".ljust(118).encode(),
     "an expression": GOOD.replace(b"(7,)", b"f(7)"),
     "objects": GOOD.replace(b"'<f8'", b"'|O' "),
 }
@@ -96,7 +102,8 @@ BAD = {
 
 @pytest.mark.parametrize("data", BAD.values(), ids=BAD.keys())
 def test_what_is_no_array_is_an_error(data):
-    with pytest.raises((ValueError, EOFError)):
+    # The error that a round takes for a reply without its parts; NumPy has many words for it.
+    with pytest.raises(ValueError, match=r"\w"):
         to_weights(record(Array("float64", (7,), "numpy.ndarray", data)))
 
 

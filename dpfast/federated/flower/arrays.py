@@ -52,7 +52,10 @@ def to_weights(arrays: Any) -> dict[str, Any]:
     """
     if not isinstance(arrays, ArrayRecord):
         raise ValueError(f"to_weights: arrays must be an ArrayRecord, got {type(arrays).__name__}")
-    return {name: _read(each) for name, each in arrays.items()}
+    try:
+        return {name: _read(each) for name, each in arrays.items()}
+    except (EOFError, MemoryError, OverflowError) as error:  # what was sent, not what happened here
+        raise ValueError(f"to_weights: no array can be read: {type(error).__name__}") from error
 
 
 def _written(array: NDArray[Any]) -> Array:
