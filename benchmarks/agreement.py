@@ -4,7 +4,7 @@
 
 Every figure that both runs' tables have is compared: how far it moved, relative to the mean of
 both, and in how many rows by no more than the larger of the two runs' spreads. Spreads are of
-dpfast's time within one run; where a table reports none (memory, federated rounds), 2 % are allowed.
+dpfast's time within one run; where a table has none (memory, federated rounds), 2 % are allowed.
 """
 
 from __future__ import annotations
