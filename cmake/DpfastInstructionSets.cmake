@@ -9,8 +9,9 @@ function(dpfast_add_instruction_sets target)
     target_compile_definitions(${target} PRIVATE DPFAST_X86_KERNELS)
     set_source_files_properties(csrc/cpu/kernels_avx2.cpp PROPERTIES
       COMPILE_OPTIONS "-mavx2;-mfma")
-    # GCC 12's own AVX-512 header trips -Wmaybe-uninitialized (GCC bug 105593).
+    # GCC 12's own AVX-512 header trips these two (GCC bug 105593); the same source is compiled with
+    # them for the other instruction sets.
     set_source_files_properties(csrc/cpu/kernels_avx512.cpp PROPERTIES
-      COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mprefer-vector-width=512;-Wno-maybe-uninitialized")
+      COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mprefer-vector-width=512;-Wno-uninitialized;-Wno-maybe-uninitialized")
   endif()
 endfunction()

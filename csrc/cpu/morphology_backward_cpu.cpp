@@ -20,6 +20,8 @@ namespace dpfast::cpu {
 namespace {
 
 constexpr std::int64_t kLargeChannel = 1 << 16;
+constexpr std::int64_t kLine = 64;    // bytes
+constexpr std::int64_t kAhead = 512;  // elements; memory answers meanwhile
 
 template <class Index>
 constexpr Index kNoSource = static_cast<Index>(Index{1} << (8 * sizeof(Index) - 1));
@@ -72,12 +74,29 @@ struct Scatter {
     if (index[i] != kNoSource<Index>) sums[i + distance(index[i])] += sign * widen(grad, i);
   }
 
+  // What a block of outputs will need: its gradient and index, which nobody reads again and which
+  // are to displace nothing; and where `next` is not null, sums that are next to begin at zero.
+  template <int kBands>
+  static void ask(const Grad* grad, const Index* index, const Sum* next, std::int64_t band) {
+    for (int b = 0; b < kBands; ++b) {
+      __builtin_prefetch(grad + b * band, 0, 0);
+      __builtin_prefetch(index + b * band, 0, 0);
+      if (next != nullptr) __builtin_prefetch(next + b * band, 1, 2);
+    }
+  }
+
   // `kBands` bands of the same length, side by side; then what is left of [begin, end).
   template <int kBands>
-  void take_bands(std::int64_t begin, std::int64_t end, std::int64_t band) const {
-    for (std::int64_t i = begin; i < begin + band; ++i) {
+  void take_bands(std::int64_t begin, std::int64_t end, std::int64_t band, const Sum* next) const {
+    constexpr std::int64_t kBlock = kLine / sizeof(Sum);
+    for (std::int64_t first = begin; first < begin + band; first += kBlock) {
+      ask<kBands>(grad + first + kAhead, index + first + kAhead,
+                  next == nullptr ? next : next + (first - begin), band);
+      const std::int64_t last = std::min(first + kBlock, begin + band);
+      for (std::int64_t i = first; i < last; ++i) {
 #pragma GCC unroll 8
-      for (int b = kBands - 1; b >= 0; --b) take(b * band + i);
+        for (int b = kBands - 1; b >= 0; --b) take(b * band + i);
+      }
     }
     for (std::int64_t i = begin + kBands * band; i < end; ++i) take(i);
   }
@@ -130,7 +149,8 @@ void take_slice_within(const Scatter& scatter, std::int64_t begin, std::int64_t 
 
 template <class Grad, class Index, class Sum, class Distance>
 void collect(const Morphology& call, Distance distance, std::int64_t channel,
-             const Grad* grad_output, const Bands& bands, const Share& share, Sum* sums) {
+             const Grad* grad_output, const Bands& bands, const Share& share, Sum* sums,
+             const Sum* sums_after) {
   const std::int64_t volume = call.volume(), at = channel * volume;
   const std::int64_t tensor = call.batch * call.channels * volume;
   const Index* index = static_cast<const Index*>(call.index) + at;
@@ -157,14 +177,15 @@ void collect(const Morphology& call, Distance distance, std::int64_t channel,
     const std::int64_t ahead = call.border == Border::kWrap ? volume : (call.reach[0] + 1) * slice;
     for (std::int64_t first = 0; first < volume; first += slice) {
       begin_sums(first + ahead);
+      const Sum* next = begun < share.high ? sums + begun : sums_after;
       if (!all) {
         take_slice_within(scatter, first, first + slice, bands, share);
       } else if (bands.count == 4) {
-        scatter.template take_bands<4>(first, first + slice, bands.length);
+        scatter.template take_bands<4>(first, first + slice, bands.length, next);
       } else if (bands.count == 2) {
-        scatter.template take_bands<2>(first, first + slice, bands.length);
+        scatter.template take_bands<2>(first, first + slice, bands.length, next);
       } else {
-        scatter.template take_bands<1>(first, first + slice, bands.length);
+        scatter.template take_bands<1>(first, first + slice, bands.length, next);
       }
     }
   }
@@ -188,14 +209,15 @@ void run(const Morphology& call, const MorphologyBackward& grads, Distance dista
   std::vector<Sum> storage;
   const std::int64_t workers = std::min<std::int64_t>(num_threads, channels * parts);
   if (!kDirect) storage.resize(static_cast<std::size_t>((together ? 1 : workers) * volume));
-  const auto part = [&](std::int64_t channel, std::int64_t p, Sum* sums) {
+  const auto part = [&](std::int64_t channel, std::int64_t p, Sum* sums, bool goes_on) {
     const std::int64_t low = lines * p / parts, high = lines * (p + 1) / parts;
     const std::int64_t begin = std::max<std::int64_t>(0, low - call.reach[slow]);
     const std::int64_t end = std::min(lines, high + call.reach[slow]);
     char* result = static_cast<char*>(grads.grad_input) + channel * volume * sizeof(Grad);
     if (kDirect) sums = reinterpret_cast<Sum*>(result);
     const Share share{low * line, high * line, begin * line, end * line};
-    collect<Grad, Index, Sum>(call, distance, channel, grad_output, bands, share, sums);
+    const Sum* after = kDirect && goes_on ? sums + volume : nullptr;
+    collect<Grad, Index, Sum>(call, distance, channel, grad_output, bands, share, sums, after);
     if (!kDirect) {
       std::uint16_t* halves = reinterpret_cast<std::uint16_t*>(result);
       for (std::int64_t i = low * line; i < high * line; ++i) {
@@ -205,15 +227,15 @@ void run(const Morphology& call, const MorphologyBackward& grads, Distance dista
   };
   if (together) {
     for (std::int64_t c = 0; c < channels; ++c) {
-      parallel_for(parts, num_threads, [&](std::int64_t p) { part(c, p, storage.data()); });
+      parallel_for(parts, num_threads, [&](std::int64_t p) { part(c, p, storage.data(), false); });
     }
     return;
   }
   parallel_for(workers, num_threads, [&](std::int64_t worker) {
     Sum* sums = storage.data() + (kDirect ? 0 : worker * volume);
-    for (std::int64_t c = channels * worker / workers; c < channels * (worker + 1) / workers; ++c) {
-      part(c, 0, sums);
-    }
+    const std::int64_t last = channels * (worker + 1) / workers;
+    for (std::int64_t c = channels * worker / workers; c < last; ++c)
+      part(c, 0, sums, c + 1 < last);
   });
 }
 

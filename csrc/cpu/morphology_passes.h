@@ -114,7 +114,7 @@ DPFAST_HOST_DEVICE std::int64_t sweep_workspace_bytes(const Chain& chain, const 
 }
 
 // Of one stage, in items: a line with what its windows along the width reach beyond it, and a
-// vector that is read and written in vain; rows and slices in rings.
+// vector that is read and written in vain; rows, behind such a vector each, and slices in rings.
 struct StreamRoom {
   std::int64_t line_start, line_items, row_slots, slice_slots;
 };
@@ -135,7 +135,7 @@ DPFAST_HOST_DEVICE std::int64_t stream_workspace_bytes(const Chain& chain, const
   std::int64_t items = 2 * chain.row_items;  // what lies outside
   for (int s = 0; s < stream.num_boxes; ++s) {
     const StreamRoom room = stream_room(chain, stream.boxes[s], lanes);
-    items += kStreamRows * room.line_items + room.row_slots * chain.row_items +
+    items += kStreamRows * room.line_items + room.row_slots * (lanes + chain.row_items) +
              room.slice_slots * chain.size[1] * chain.row_items;
   }
   return items * item_bytes;
