@@ -110,7 +110,6 @@ class Rounds:
             self.lines = state["lines"]
             self._epsilons = state["epsilons"]
             self._entries = state["entries"]
-            folder.write_progress(self.lines, self._entries)
 
     def run(self, observer: Observer) -> None:
         """All rounds that are left.
@@ -127,12 +126,11 @@ class Rounds:
                 {
                     "weights": {k: torch.from_numpy(v.copy()) for k, v in self.weights.items()},
                     "strategy": strategy_state(self._strategy),
-                    "lines": self.lines,
                     "epsilons": self._epsilons,
-                    "entries": self._entries,
-                }
+                },
+                self.lines,
+                self._entries,
             )
-            self._folder.write_progress(self.lines, self._entries)
             observer.finished_round(line)
 
     def epsilon(self) -> float:

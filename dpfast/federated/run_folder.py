@@ -22,7 +22,7 @@ class FederatedFolder:
     """Files of a federated run; each is whole or not there.
 
     settings.toml: as given. rounds.jsonl: a line per round. checkpoint.pt: after the last whole
-    round. ledgers/SITE.json: what the site last said that it had spent; ledgers/server.jsonl: the
+    round. ledgers/sites.json: what each site last said that it had spent; ledgers/server.jsonl: the
     server's own ledger, where sites are the unit. sites/SITE: what a site keeps to itself, where it
     runs in this process. At the end model.pt, examples.npz and, last, report.json.
 
@@ -82,7 +82,9 @@ class FederatedFolder:
         return self.path / "sites" / _file_name(name)
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """The last one; None before the first.
+        """The last one, with its `lines` and `entries`; None before the first.
+
+        rounds.jsonl and ledgers/sites.json are written again from it.
 
         Raises:
           ValueError: it is damaged.
@@ -92,30 +94,40 @@ class FederatedFolder:
             return None
         try:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            lines, entries = state["lines"], state["entries"]
+            state["lines"] = [json.loads(line) for line in lines.splitlines()]
+            state["entries"] = json.loads(entries)
         except Exception as error:
             raise ValueError(f"{file} must be a checkpoint, got {type(error).__name__}") from error
+        self._write_progress(lines, entries)
         return state
 
-    def write_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint."""
-        write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(dict(state), file))
-
-    def write_progress(
-        self, lines: Sequence[Mapping[str, Any]], entries: Mapping[str, Mapping[str, Any]]
+    def write_checkpoint(
+        self,
+        state: Mapping[str, Any],
+        lines: Sequence[Mapping[str, Any]],
+        entries: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Replace rounds.jsonl and the sites' ledger entries by what the checkpoint has.
+        """Replace the checkpoint, then rounds.jsonl and ledgers/sites.json by what it has.
 
-        A continuation writes them again from there, so that no disk is waited for.
+        These follow from the checkpoint, so that no disk is waited for.
 
         Args:
-          lines: of all rounds up to the checkpoint, none twice.
+          state: what the rounds go on from.
+          lines: of all rounds up to now, none twice.
           entries: what each site has said that it has spent.
         """
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        self._write(self.path / "rounds.jsonl", text)
-        for site, entry in entries.items():
-            said = json.dumps(dict(entry), allow_nan=False) + "\n"  # indented: four times as long
-            self._write(self.path / "ledgers" / f"{_file_name(site)}.json", said)
+        # As text: of many small objects the checkpoint would take one after the other.
+        rounds = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        said = (f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in entries.items())
+        sites = "{" + ",\n ".join(said) + "}\n"
+        kept = {**state, "lines": rounds, "entries": sites}
+        write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(kept, file))
+        self._write_progress(rounds, sites)
+
+    def _write_progress(self, rounds: str, sites: str) -> None:
+        self._write(self.path / "rounds.jsonl", rounds)
+        self._write(self.path / "ledgers" / "sites.json", sites)
 
     @staticmethod
     def _write(path: Path, text: str) -> None:

@@ -119,7 +119,7 @@ class RunningMean:
             if name not in self._sums:
                 self._sums[name] = np.zeros(array.shape)
                 self._kinds[name] = array.dtype
-            self._sums[name] += weight * array.astype(np.float64)
+            self._sums[name] += array if weight == 1.0 else weight * array.astype(np.float64)
         self._weight += weight
 
     def result(self) -> tuple[dict[str, Any], float]:

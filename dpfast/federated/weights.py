@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -59,7 +60,7 @@ def problem_with(weights: Weights, like: Weights) -> str | None:
                 f"another model: {name} is {array.dtype} of shape {array.shape}, not "
                 f"{wanted.dtype} of shape {wanted.shape}"
             )
-        if not np.isfinite(array).all():
+        if not _all_finite(array):
             return f"numbers that are not finite in {name}"
     return None
 
@@ -72,6 +73,13 @@ def digest(weights: Weights) -> str:
         found.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
         found.update(array.tobytes())
     return found.hexdigest()
+
+
+def _all_finite(array: NDArray[np.floating]) -> bool:
+    numbers = array.ravel()
+    # Squares cannot cancel: their sum is finite only where all numbers are, and one call mostly
+    # decides. Large numbers' squares may overflow.
+    return math.isfinite(np.dot(numbers, numbers)) or bool(np.isfinite(numbers).all())
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:

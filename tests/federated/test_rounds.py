@@ -204,8 +204,8 @@ def test_epsilon_is_the_largest_of_the_sites(tmp_path, weights):
     }
     assert found == ledgers
     assert line["epsilon"] == found["C"] > found["A"]
-    held = json.loads((tmp_path / "run" / "ledgers" / "C.json").read_text())
-    assert held["epsilon"] == found["C"]
+    held = json.loads((tmp_path / "run" / "ledgers" / "sites.json").read_text())
+    assert {name: each["epsilon"] for name, each in held.items()} == found
 
 
 def test_a_run_that_is_cut_off_ends_with_the_same_weights(tmp_path, weights):

@@ -40,7 +40,10 @@ def to_arrays(weights: Weights) -> ArrayRecord:
     Raises:
       ValueError: an array of objects.
     """
-    return ArrayRecord({name: _written(np.asarray(each)) for name, each in weights.items()})
+    record = ArrayRecord()
+    for name, each in weights.items():
+        record[name] = _written(np.asarray(each))  # from a dict, each would be checked three times
+    return record
 
 
 def to_weights(arrays: Any) -> dict[str, Any]:
@@ -62,7 +65,12 @@ def _written(array: NDArray[Any]) -> Array:
     if array.dtype.hasobject:
         return Array(array)  # raises
     kind, header = _about(array.dtype, array.shape)
-    return Array(kind, array.shape, _KIND, header + array.tobytes())
+    # Past the way in that looks at each argument again and again: these are what it wants.
+    written = Array.__new__(Array)
+    written.__dict__.update(
+        dtype=kind, shape=array.shape, stype=_KIND, data=header + array.tobytes()
+    )
+    return written
 
 
 @lru_cache(_HEADERS)
