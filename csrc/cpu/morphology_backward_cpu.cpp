@@ -21,7 +21,7 @@ namespace {
 
 constexpr std::int64_t kLargeChannel = 1 << 16;
 constexpr std::int64_t kLine = 64;    // bytes
-constexpr std::int64_t kAhead = 512;  // elements; memory answers meanwhile
+constexpr std::int64_t kAhead = 256;  // elements; memory answers meanwhile
 
 template <class Index>
 constexpr Index kNoSource = static_cast<Index>(Index{1} << (8 * sizeof(Index) - 1));
