@@ -74,7 +74,7 @@ struct Scatter {
     if (index[i] != kNoSource<Index>) sums[i + distance(index[i])] += sign * widen(grad, i);
   }
 
-  // What a block of outputs will need: its gradient and index, which nobody reads again and which
+  // What a block of outputs will need: its gradient and index, which are hardly read again and
   // are to displace nothing; and where `next` is not null, sums that are next to begin at zero.
   template <int kBands>
   static void ask(const Grad* grad, const Index* index, const Sum* next, std::int64_t band) {
@@ -234,8 +234,9 @@ void run(const Morphology& call, const MorphologyBackward& grads, Distance dista
   parallel_for(workers, num_threads, [&](std::int64_t worker) {
     Sum* sums = storage.data() + (kDirect ? 0 : worker * volume);
     const std::int64_t last = channels * (worker + 1) / workers;
-    for (std::int64_t c = channels * worker / workers; c < last; ++c)
+    for (std::int64_t c = channels * worker / workers; c < last; ++c) {
       part(c, 0, sums, c + 1 < last);
+    }
   });
 }
 

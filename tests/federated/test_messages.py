@@ -119,3 +119,11 @@ def test_a_reply_of_something_else_is_no_update():
     reply = asked(Fake(), evaluation(to_arrays(WEIGHTS), 1, [2])[0])
     with pytest.raises(ValueError, match="without its parts"):
         read_update(reply)
+
+
+@pytest.mark.parametrize("said", ['{"epsilon": NaN}', '{"epsilon": 1e999}', "[]", "[" * 100_000])
+def test_a_ledgers_entry_that_cannot_be_kept_is_no_update(said):
+    reply = asked(Fake(), training())
+    reply.content["site"]["privacy"] = said
+    with pytest.raises(ValueError, match="without its parts"):
+        read_update(reply)

@@ -147,10 +147,19 @@ def read_update(message: Message) -> Update:
             round=int(str(about["round"])),
             given=str(about["given"]),
             weights=to_weights(message.content[_ARRAYS]),
-            privacy=json.loads(str(about["privacy"])),
+            privacy=_entry(str(about["privacy"])),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"a reply without its parts: {type(error).__name__}") from error
+
+
+def _entry(text: str) -> dict[str, Any]:
+    """A ledger's entry that can be written down again: an object without NaN and infinities."""
+    entry = json.loads(text)
+    if not isinstance(entry, dict):
+        raise TypeError("entry")
+    json.dumps(entry, allow_nan=False)
+    return entry
 
 
 def read_name(message: Message) -> str:
